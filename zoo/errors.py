@@ -1,0 +1,63 @@
+"""Every error a user can cause, and the exit code each one ends with.
+
+A message has three parts: what happened, why it is refused, what to do about it. The library raises; only the
+command line exits. Each class also inherits the stdlib type it stands for, so that ordinary ``except ValueError``
+code keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class RecycleError(Exception):
+    """Base of all errors raised on purpose. ``what`` happened, ``why`` it is refused, ``fix`` is what to do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        self.what, self.why, self.fix = what, why, fix
+        super().__init__(" ".join(part for part in (what, why, fix) if part))
+
+
+class UsageError(RecycleError, ValueError):
+    """The call itself is off: an unknown option, two options that exclude each other, a name that is not there."""
+
+    exit_code = 2
+
+
+class InputError(RecycleError, ValueError):
+    """An input was read and rejected, or does not fit what it should be combined with."""
+
+    exit_code = 3
+
+
+class SecurityError(RecycleError, ValueError):
+    """An input could do harm: pickled weights, paths that escape their folder, contents that differ from their hash."""
+
+    exit_code = 4
+
+
+class HubError(RecycleError, OSError):
+    """The Hub did not give what was asked: missing, gated, rate-limited, unreachable or offline."""
+
+    exit_code = 5
+
+
+class PartialError(RecycleError):
+    """Some of many succeeded; the message says which did not, and why."""
+
+    exit_code = 6
+
+
+def shorten(items: Iterable[str], limit: int = 20) -> str:
+    """``a, b, c and 17 more``: all offenders are counted, the first `limit` are named."""
+    names: Sequence[str] = list(items)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def choices(names: Iterable[str]) -> str:
+    """``one of: a, b, c``, or ``none yet`` where there are none."""
+    names = sorted(names)
+    return "one of: " + ", ".join(names) if names else "none yet"
