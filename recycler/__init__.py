@@ -1,0 +1,61 @@
+"""recycler: turn a pile of LoRA adapters into one routed model, and say honestly when it helps.
+
+    zoo = recycler.Zoo()
+    recycler.fetch(["org/math-lora", "org/law-lora"], base="org/base", zoo=zoo)
+    profile = recycler.profile(zoo, shots=recycler.Shots.from_files("tasks/*.jsonl"), kshot=16)
+    router = recycler.build_router("ridge", profile, zoo=zoo)
+    model = recycler.compose(zoo, router)
+
+Names are imported when they are first used, so that importing this package (and ``recycle --help``) stays instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recycler.build import build_router, profile
+    from recycler.composition import compose, load
+    from recycler.evaluation import evaluate
+    from recycler.fetching import fetch
+    from recycler.profiles import Profile
+    from recycler.routed import RoutedModel
+    from recycler.routers.base import Router
+    from recycler.shots import Shots
+    from recycler.zoo.adapter import Adapter
+    from recycler.zoo.errors import RecycleError
+    from recycler.zoo.store import Zoo
+
+_HOME = {
+    "Adapter": "recycler.zoo.adapter",
+    "Profile": "recycler.profiles",
+    "RecycleError": "recycler.zoo.errors",
+    "RoutedModel": "recycler.routed",
+    "Router": "recycler.routers.base",
+    "Shots": "recycler.shots",
+    "Zoo": "recycler.zoo.store",
+    "build_router": "recycler.build",
+    "compose": "recycler.composition",
+    "evaluate": "recycler.evaluation",
+    "fetch": "recycler.fetching",
+    "load": "recycler.composition",
+    "profile": "recycler.build",
+}
+
+__all__ = [
+    "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "build_router", "compose", "evaluate",
+    "fetch", "load", "profile",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'recycler' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

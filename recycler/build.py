@@ -1,0 +1,251 @@
+"""Zoo + profile → router: the base is loaded, the adapters attached, the gates fitted. Base and adapters stay bit-identical."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from recycler.base import Base, fingerprint, load_base
+from recycler.profiles import Profile, measure
+from recycler.routed import RoutedModel
+from recycler.routers.base import Router, find, make_config
+from recycler.scoring import Fitting, Progress, silent
+from recycler.shots import Shots
+from recycler.zoo.adapter import Adapter
+from recycler.zoo.errors import InputError, UsageError, choices, shorten
+from recycler.zoo.manifest import check_name
+from recycler.zoo.match import place, require_one_base
+from recycler.zoo.store import Zoo
+
+
+def profile(
+    zoo: Zoo | None = None,
+    shots: Shots | None = None,
+    kshot: int = 16,
+    *,
+    seed: int = 0,
+    out: str | Path | None = None,
+    base: str | Base | None = None,
+    adapters: Iterable[str] | None = None,
+    assign: dict[str, Iterable[str]] | None = None,
+    generate: bool = False,
+    progress: Progress = silent,
+    **loading: Any,
+) -> Profile:
+    """Scores the base and every adapter of a zoo on K shots of every task.
+
+    Args:
+        shots: all rows; `kshot` of each task are taken, by `seed`, the same every time.
+        out: a name inside the zoo, or a folder (anything with a path separator). An interrupted run with the same
+            arguments goes on where it stopped. None keeps the result in memory only.
+        base: an id or a folder, or a loaded base; by default what the zoo's adapters declare.
+        adapters: which of the zoo; all by default.
+        assign: adapter → own tasks, by hand.
+        generate: also score exact match by generation.
+        loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
+
+    Raises:
+        UsageError, InputError, HubError: each says what to do.
+    """
+    zoo = Zoo() if zoo is None else zoo
+    if not shots:
+        raise UsageError("A profile needs shots.", "", "Give JSONL files: Shots.from_files('tasks/*.jsonl')")
+    sample = shots.sample(kshot, seed)
+    chosen = _chosen(zoo, adapters)
+    where = None if out is None else profile_folder(zoo, out)
+    loaded = _loaded(zoo, chosen, base, loading)
+    model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
+    facts = _base_facts(zoo, chosen, loaded)
+    hashes = {adapter.name: adapter.sha256 for adapter in model.adapters}
+    empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed)
+    given = empty.assign(assign or {}).assigned  # names are checked before the long work
+    journal = None if where is None else where / "journal.jsonl"
+    try:
+        nll, exact = measure(model, sample, generate=generate, journal=journal, progress=progress,
+                             key=f"{facts} {hashes} {loaded.model.dtype}")  # fmt: skip
+    finally:
+        model.engine.detach()
+    name = where.name if where is not None else "profile"
+    result = replace(empty, nll=nll, exact=exact, assigned=given, name=name, folder=where)
+    if where is not None and journal is not None:
+        result.save(where)
+        journal.unlink(missing_ok=True)
+    return result
+
+
+def build_router(
+    method: str,
+    profile: Profile | str | Path | None = None,
+    *,
+    zoo: Zoo | None = None,
+    base: str | Base | None = None,
+    adapters: Iterable[str] | None = None,
+    out: str | Path | None = None,
+    assign: dict[str, Iterable[str]] | None = None,
+    progress: Progress = silent,
+    loading: dict[str, Any] | None = None,
+    **config: Any,
+) -> Router:
+    """Fits a router.
+
+    Args:
+        method: a file name of routers/, or an entry point's.
+        profile: a Profile, or its name in the zoo, or its folder. Methods that need no shots work without.
+        base: as in `profile`.
+        adapters: which of the zoo; by default the profile's, or all.
+        out: a folder to save it in.
+        assign: adapter → own tasks, by hand.
+        config: the method's own options; unknown ones are rejected with the choices.
+
+    Raises:
+        UsageError, InputError, HubError: each says what to do.
+    """
+    zoo = Zoo() if zoo is None else zoo
+    cls = find(method)
+    settings = make_config(cls, config)
+    if isinstance(profile, (str, Path)):
+        profile = Profile.load(profile_folder(zoo, profile))
+    if profile is None and cls.needs & {"shots", "scores"}:
+        known = sorted(p.name for p in zoo.profiles_dir.glob("*") if (p / "profile.json").exists())
+        raise UsageError(
+            f"{method} learns from shots, and no profile was given.",
+            f"Profiles in the zoo: {shorten(known) or 'none'}.",
+            "Run: recycle profile FILE... --kshot 16 --out NAME, then add --profile NAME",
+        )
+    chosen = _chosen(zoo, adapters if profile is None or adapters is not None else profile.adapters)
+    if profile is not None:
+        profile = _matching(zoo, profile, chosen).assign(assign or {})
+    elif assign:
+        raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
+    loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})
+    model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
+    started = time.perf_counter()
+    try:
+        router = cls.fit(Fitting(model, progress), profile, settings)
+    finally:
+        model.engine.detach()
+    router.report["seconds"] = round(time.perf_counter() - started, 1)
+    router.facts = {
+        "base": _base_facts(zoo, chosen, loaded),
+        "hashes": {adapter.name: adapter.sha256 for adapter in model.adapters},
+        "profile": None if profile is None else profile.summary(),
+        "versions": {name: version(name) for name in ("recycler", "torch", "transformers")},
+    }
+    if out is not None:
+        router.save(Path(out))
+    return router
+
+
+def profile_folder(zoo: Zoo, name: str | Path) -> Path:
+    """Where a profile is kept: a bare name means a folder of the zoo."""
+    return _folder(zoo.profiles_dir, name)
+
+
+def router_folder(zoo: Zoo, name: str | Path) -> Path:
+    """Where a router is kept: a bare name means a folder of the zoo, unless there is such a folder here."""
+    here = Path(name)
+    return here if (here / "router.json").exists() else _folder(zoo.routers_dir, name)
+
+
+def _folder(parent: Path, name: str | Path) -> Path:
+    if isinstance(name, Path) or "/" in name or "\\" in name or name in (".", ".."):
+        return Path(name).expanduser()
+    return parent / check_name(name)
+
+
+def read_adapters(zoo: Zoo, names: Iterable[str], base: Base) -> list[Adapter]:
+    """Reads adapters and places them on a base; all that do not fit are named.
+
+    Raises:
+        InputError: some do not fit. Errors of reading as `Zoo` raises them.
+    """
+    from recycler.engine.sites import linear_shapes
+
+    shapes = linear_shapes(base.model)
+    adapters, wrong = [], []
+    for name in names:
+        adapter = zoo[name]
+        try:
+            adapters.append(replace(adapter, sites=place(adapter, shapes)))
+        except InputError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} adapters do not fit {base.id}: " + " ".join(e.what for e in wrong[:5]),
+            "One model has one base.",
+            "Give their base with --base, or choose adapters with --adapters.",
+        )
+    return adapters
+
+
+def base_of(zoo: Zoo, names: Iterable[str]) -> str:
+    """The base that adapters of a zoo were fetched for: the folder that was recorded as a copy, else the declared id.
+
+    Raises:
+        InputError: they were trained for different bases. UsageError: none is known.
+    """
+    entries = {name: zoo.entry(name) for name in names}
+    declared = require_one_base({name: entry.base for name, entry in entries.items()})
+    folders = [e.base_path for e in entries.values() if e.base_path and Path(e.base_path).is_dir()]
+    if folders or declared:
+        return folders[0] if folders else str(declared)
+    raise UsageError("The adapters declare no base.", "", "Name one with --base.")
+
+
+def _loaded(zoo: Zoo, names: Iterable[str], base: str | Base | None, loading: dict[str, Any]) -> Base:
+    return base if isinstance(base, Base) else load_base(base or base_of(zoo, names), **loading)
+
+
+def _base_facts(zoo: Zoo, names: Iterable[str], loaded: Base) -> dict[str, Any]:
+    declared = require_one_base({name: zoo.entry(name).base for name in names})
+    path = str(Path(loaded.id).resolve()) if Path(loaded.id).is_dir() else loaded.id
+    return {
+        "id": declared or loaded.id,
+        "path": path,
+        "revision": loaded.revision,
+        "fingerprint": fingerprint(loaded.model),
+    }
+
+
+def _chosen(zoo: Zoo, adapters: Iterable[str] | None) -> list[str]:
+    chosen = list(zoo.entries) if adapters is None else list(dict.fromkeys(adapters))
+    if not chosen:
+        raise UsageError(f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER")
+    for name in chosen:
+        zoo.entry(name)
+    return chosen
+
+
+def _matching(zoo: Zoo, profile: Profile, chosen: Iterable[str]) -> Profile:
+    """The profile, if it was measured on these very adapters."""
+    strangers = [name for name in chosen if name not in profile.adapters]
+    if strangers:
+        raise UsageError(
+            f"Profile {profile.name} knows nothing of {shorten(strangers)}.",
+            f"It was measured with {choices(profile.adapters).removeprefix('one of: ')}.",
+            "Run recycle profile again, or leave them out with --adapters.",
+        )
+    changed = [
+        n
+        for n in chosen
+        if profile.hashes.get(n) and zoo.entry(n).files["adapter_model.safetensors"]["sha256"] != profile.hashes[n]
+    ]
+    if changed:
+        raise InputError(
+            f"{shorten(changed)} changed since profile {profile.name} was measured.",
+            "Its scores are another adapter's.",
+            "Run recycle profile again.",
+        )
+    return profile
+
+
+def _blank(rows: int, shots: Shots) -> Any:
+    import torch
+
+    return torch.zeros(rows, len(shots), len(next(iter(shots.values()))))

@@ -1,0 +1,74 @@
+"""The model card of a composed model: what is in it, where it came from, under which licences, and what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from recycler.routed import RoutedModel
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f|<>`]")
+
+
+def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
+    """README.md of a composed model, with the Hub's YAML header."""
+    router = model.router
+    assert router is not None
+    base, adapters = manifest["base"]["id"], manifest["adapters"]
+    licences = sorted({a["licence"] for a in adapters if a["licence"]})
+    sources = [a["source"] for a in adapters if a["revision"]]  # only Hub ids belong in the header
+    header: dict[str, Any] = {
+        "library_name": "recycler",
+        "base_model": [base, *sources],
+        "base_model_relation": "merge",
+        "tags": ["lora", "mixture-of-experts", "recycler"],
+    }
+    if len(licences) == 1 and all(a["licence"] for a in adapters):
+        header["license"] = licences[0]
+    own = (router.facts.get("profile") or {}).get("own", {})
+    rows = [
+        f"| {a['name']} | {_plain(a['source'])} | {(a['revision'] or '')[:12]} | {_plain(a['licence'] or 'not stated')} "
+        f"| {', '.join(own.get(a['name'], ())) or '–'} | `{a['sha256'][:12]}` |"
+        for a in adapters
+    ]
+    options = ", ".join(f"{key}={value}" for key, value in vars(router.config).items())
+    unstated = [a["name"] for a in adapters if not a["licence"]]
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        f"# {len(adapters)} adapters on {_plain(base)}, routed by {router.method()}",
+        "",
+        f"A routed mixture of existing LoRA adapters. Neither the base nor the adapters were trained; the router is "
+        f"**{router.method()}** ({router.paper}; {options}).",
+        "",
+        "| adapter | source | revision | licence | own tasks | sha256 |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Licences: {', '.join(map(_plain, licences)) or 'none stated'}"
+        + (f"; not stated for {', '.join(unstated)}." if unstated else ".")
+        + " The model as a whole is bound by all of them, and by the base's.",
+        "",
+        "```python",
+        "import recycler",
+        "",
+        'model = recycler.load("this folder")',
+        'inputs = model.tokenizer(["..."], return_tensors="pt", padding=True, padding_side="left")',
+        "model.generate(**inputs, max_new_tokens=32)",
+        "```",
+        "",
+        "Measure it before use: `recycle eval THIS_FOLDER tasks/*.jsonl` sets it beside the base, the best single adapter and "
+        "their average, and says when routing does not help.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text from somewhere else, safe in a table cell."""
+    return _CONTROL.sub(" ", text).strip()

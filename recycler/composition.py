@@ -1,0 +1,254 @@
+"""Zoo + router → one model, in memory and as a directory that stands on its own.
+
+::
+
+    model/  recycle.json            base, adapters (name, source, sha256), versions; written last
+            adapters/<name>/        PEFT's files, as fetched: each still loads in PEFT
+            router/                 router.json, router.safetensors
+            README.md               model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from recycler.base import Base, fingerprint, load_base
+from recycler.build import base_of, read_adapters, router_folder
+from recycler.card import card
+from recycler.routed import RoutedModel
+from recycler.routers.base import Router
+from recycler.zoo import formats
+from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
+from recycler.zoo.match import place
+from recycler.zoo.store import Zoo
+
+SCHEMA_VERSION = 1
+MANIFEST = "recycle.json"
+
+
+def compose(
+    zoo: Zoo | None,
+    router: Router | str | Path,
+    out: str | Path | None = None,
+    *,
+    base: str | Base | None = None,
+    force: bool = False,
+    **loading: Any,
+) -> RoutedModel:
+    """Puts base, adapters and router together.
+
+    Args:
+        zoo: where the router's adapters are; the default zoo where None.
+        router: a Router, or its folder, or its name in the zoo.
+        out: a folder to save the model in; must be empty or new unless `force`.
+        base: an id, a folder or a loaded base; by default the one the router was built on.
+        loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
+
+    Raises:
+        InputError: an adapter is missing, changed since the router was built, or does not fit the base.
+        UsageError: `out` is not empty.
+    """
+    zoo = Zoo() if zoo is None else zoo
+    if not isinstance(router, Router):
+        router = Router.load(router_folder(zoo, router))
+    if out is not None:
+        check_output(Path(out), force)
+    missing = [name for name in router.adapters if name not in zoo]
+    if missing:
+        raise InputError(
+            f"The router needs {shorten(missing)}, which the zoo at {zoo.path} does not hold.",
+            "A router's columns belong to the adapters it was built for.",
+            "Fetch them, or build the router again.",
+        )
+    if not isinstance(base, Base):
+        base = load_base(base or _recorded(router) or base_of(zoo, router.adapters), **loading)
+    adapters = read_adapters(zoo, router.adapters, base)
+    changed = [a.name for a in adapters if router.facts.get("hashes", {}).get(a.name, a.sha256) != a.sha256]
+    if changed:
+        raise InputError(
+            f"{shorten(changed)} changed since the router was built.",
+            "Its gates are for other weights.",
+            "Build it again.",
+        )
+    model = RoutedModel(base, adapters, router)
+    model.folders = {name: zoo.folder(name) for name in router.adapters}
+    if out is not None:
+        save(model, Path(out), force=force)
+    return model
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Raises UsageError when `folder` is in use and may not be replaced."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
+        raise UsageError(
+            f"{folder} is not empty.",
+            "Nothing is overwritten unless asked.",
+            "Choose another --out, or add --force.",
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise UsageError(
+            f"{folder} holds something else than a composed model.",
+            "--force replaces models only.",
+            "Choose another --out.",
+        )
+
+
+def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
+    """Writes a model's directory: all of it beside the target, then one rename.
+
+    Raises:
+        UsageError: the folder is in use, or the model has no router.
+    """
+    check_output(folder, force)
+    if model.router is None:
+        raise UsageError("This model has no router to save.", "", "Compose one: recycler.compose(zoo, router)")
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        for adapter in model.adapters:
+            shutil.copytree(model.folders[adapter.name], temporary / "adapters" / adapter.name)
+        model.router.save(temporary / "router", statistics=False)
+        facts = model.router.facts
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "base": facts.get("base", {"id": model.source.id}),
+            "adapters": [
+                {
+                    "name": a.name,
+                    "source": a.source,
+                    "revision": a.revision,
+                    "sha256": a.sha256,
+                    "licence": a.licence,
+                }
+                for a in model.adapters
+            ],
+            "router": model.router.method(),
+            "versions": {name: version(name) for name in ("recycler", "torch", "transformers", "peft")},
+        }
+        (temporary / "README.md").write_text(card(model, manifest), encoding="utf8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf8")
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    model.folders = {a.name: folder / "adapters" / a.name for a in model.adapters}
+    return folder
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Puts `new` where `target` is; what was there goes away only once the new one is in place."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: str | None = None, **loading: Any) -> RoutedModel:
+    """Loads a composed model from its folder, or from the Hub.
+
+    Args:
+        base: overrides the base that the model names: an id, a folder that holds a copy, or a loaded one.
+        revision: of the model, on the Hub.
+        loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
+
+    Raises:
+        InputError: not a composed model, a part of it is missing, or the base does not fit.
+        SecurityError: an adapter's weights are not those that were composed. HubError: it cannot be had.
+    """
+    folder = _local(path_or_id, revision)
+    manifest = _manifest(folder)
+    router = Router.load(folder / "router")
+    loaded = base if isinstance(base, Base) else _load_base(manifest["base"], base, loading)
+    from recycler.engine.sites import linear_shapes
+
+    shapes = linear_shapes(loaded.model)
+    adapters = []
+    for record in manifest["adapters"]:
+        name = record["name"]
+        adapter, _ = formats.read(folder / "adapters" / name, name, source=record["source"], revision=record["revision"])
+        if adapter.sha256 != record["sha256"]:
+            raise SecurityError(
+                f"The weights of {name} in {folder} are not those that were composed.",
+                f"Their sha256 is {adapter.sha256}, {MANIFEST} says {record['sha256']}.",
+                "Compose the model again.",
+            )
+        adapters.append(replace(adapter, sites=place(adapter, shapes), licence=record.get("licence")))
+    if tuple(a.name for a in adapters) != router.adapters:
+        raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
+    model = RoutedModel(loaded, adapters, router)
+    model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
+    known = manifest["base"].get("fingerprint")
+    if known and fingerprint(loaded.model) != known:
+        model.warnings.append(
+            f"{loaded.id} is not the base that this model was composed on ({manifest['base']['id']}, fingerprint {known}): "
+            "its gates were fitted on other activations."
+        )
+    return model
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        if manifest["schema_version"] > SCHEMA_VERSION:
+            raise InputError(f"{folder} was composed by a newer version.", "", "Upgrade recycler.")
+        manifest["base"]["id"], manifest["adapters"]
+        return manifest
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not a composed model.",
+            f"There is no {MANIFEST} in it.",
+            "Make one: recycle compose --router DIR --out DIR",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read ({error}).", "", "Compose the model again.") from None
+
+
+def _load_base(recorded: Mapping[str, Any], given: str | None, loading: dict[str, Any]) -> Base:
+    """The base that was given, else the recorded folder where it exists, else the recorded id."""
+    if given is not None:
+        return load_base(given, **loading)
+    path = recorded.get("path")
+    if path and Path(path).is_dir():
+        return load_base(path, **loading)
+    return load_base(recorded["id"], revision=recorded.get("revision"), **loading)
+
+
+def _recorded(router: Router) -> str | None:
+    facts = router.facts.get("base") or {}
+    path = facts.get("path")
+    return path if path and Path(path).is_dir() else facts.get("id")
+
+
+def _local(path_or_id: str | Path, revision: str | None) -> Path:
+    if (
+        isinstance(path_or_id, Path)
+        or Path(path_or_id).exists()
+        or os.sep in str(path_or_id)[:2]
+        or str(path_or_id).count("/") != 1
+    ):
+        return Path(path_or_id).expanduser()
+    from recycler.zoo.hub import snapshot
+
+    try:
+        return snapshot(str(path_or_id), revision=revision)
+    except HubError as error:
+        raise HubError(
+            f"There is no folder {path_or_id}, and no such model on the Hub.",
+            error.what,
+            "Check the path or the id.",
+        ) from error

@@ -1,0 +1,79 @@
+"""Putting banks on a base and taking them off again, by forward hooks: the base's module tree, its weights, its device map
+and its quantisation stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from recycler.engine.bank import Bank, Control
+from recycler.engine.sites import trace_groups
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from recycler.routers.base import Group, Router
+    from recycler.zoo.adapter import Factors
+
+
+class Attachment(nn.Module):
+    """All banks of one model, attached to its base.
+
+    Args:
+        base: a causal language model or an encoder–decoder from transformers.
+        factors: site → adapter name → Factors; only sites that some adapter touches.
+        adapters: all adapter names, in the order of weights.
+        router: gives each group its gate; None leaves mixtures to `control.forced`. `use` exchanges it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        factors: Mapping[str, Mapping[str, Factors]],
+        adapters: Sequence[str],
+        router: Router | None = None,
+        groups: tuple[Group, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = trace_groups(base, factors) if groups is None else groups
+        self.control = Control()
+        linears = {site: base.get_submodule(site) for site in factors}
+        self.banks: list[Bank] = []
+        self._handles: list[RemovableHandle] = []
+        for group in self.groups:
+            bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control)
+            self.banks.append(bank)
+            for s, site in enumerate(group.sites):
+                self._handles.append(linears[site].register_forward_hook(_hook(bank, s)))
+        self.stacked = nn.ModuleList(self.banks)  # so that .to() reaches them
+        self.use(router)
+
+    def use(self, router: Router | None) -> None:
+        """Gives every bank its gate, or the bank whose decision it reuses; None takes them away."""
+        by_name = {bank.group.name: bank for bank in self.banks}
+        for bank in self.banks:
+            gate = None if router is None else router.gate(bank.group)
+            bank.gate = None if gate is None else gate.to(bank.a_RD.device)
+            follows = router is not None and gate is None and bank.group.after is not None
+            bank.follow(by_name[str(bank.group.after)] if follows else None)
+        self.control.select = None if router is None else router.weights
+
+    def detach(self) -> None:
+        """Removes the hooks: the base is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _hook(bank: Bank, s: int) -> Any:
+    control = bank.control
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not control.enabled:
+            return None
+        bias = getattr(module, "bias", None)
+        return bank.add(s, args[0], output, bias)
+
+    return hook

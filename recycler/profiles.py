@@ -1,0 +1,331 @@
+"""What the shots teach about a zoo: a score for the base and every adapter on every task, and which tasks are whose.
+
+On disk, a folder: profile.json (what was measured, as a table), shots.jsonl (the rows), profile.safetensors (every row's score).
+A run that was interrupted left journal.jsonl, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recycler.scoring import Progress, answer, mean_nll, silent
+from recycler.shots import Shot, Shots, parse_row
+from recycler.text import completion_ids
+from recycler.zoo.errors import InputError, UsageError, choices
+
+if TYPE_CHECKING:
+    from recycler.routed import RoutedModel
+
+SCHEMA_VERSION = 1
+BASE = "base"  # the first row of every score: no adapter
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Scores of the base and every adapter on K shots of every task.
+
+    Attributes:
+        adapters: names, in the order of the scores' rows 1..N; row 0 is the base.
+        shots: task → its K shots.
+        nll: [N+1, tasks, K], mean token NLL of the completion.
+        exact: [N+1, tasks, K], 1.0 where the generated answer matched; None when nothing was generated.
+        base: id, path, revision and fingerprint of the base.
+        hashes: adapter → sha256 of its weights.
+        assigned: adapter → tasks given by hand.
+        seed: of the sample of shots.
+        name, folder: where it is kept.
+    """
+
+    adapters: tuple[str, ...]
+    shots: Shots
+    nll: Tensor = field(repr=False)
+    exact: Tensor | None = field(default=None, repr=False)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    assigned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seed: int = 0
+    name: str = "profile"
+    folder: Path | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.shots)
+
+    @property
+    def own(self) -> dict[str, tuple[str, ...]]:
+        """Adapter → the tasks that are its own (see `own_tasks`)."""
+        return own_tasks(self.adapters, self.tasks, self.nll.mean(-1), self.assigned)
+
+    @property
+    def owner(self) -> dict[str, str]:
+        """Task → the adapter to use when the task is known: the one assigned by hand, else the one with the lowest NLL,
+        where that is below the base's; tasks that nobody helps are left out."""
+        by_hand = {task: name for name, tasks in self.assigned.items() for task in tasks}
+        best = _best(self.adapters, self.tasks, self.nll.mean(-1))
+        return {task: by_hand.get(task) or best[task] for task in self.tasks if task in by_hand or task in best}
+
+    @property
+    def best_single(self) -> str | None:
+        """The one adapter to use everywhere: highest mean exact match over tasks where answers were generated, else lowest
+        mean NLL. None if the base itself is better."""
+        score = self.nll.mean((1, 2)) if self.exact is None else -self.exact.mean((1, 2))
+        index = int(score.argmin())
+        return self.adapters[index - 1] if index else None
+
+    def summary(self) -> dict[str, Any]:
+        """What a router remembers of the profile it was built from."""
+        return {
+            "name": self.name,
+            "tasks": list(self.tasks),
+            "own": {k: list(v) for k, v in self.own.items()},
+            "owner": self.owner,
+            "best_single": self.best_single,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores as a table: means over shots."""
+        rows = (BASE, *self.adapters)
+        table = {"nll": self.nll} if self.exact is None else {"nll": self.nll, "exact": self.exact}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "base": dict(self.base),
+            "kshot": self.nll.shape[-1],
+            "seed": self.seed,
+            "tasks": list(self.tasks),
+            "adapters": dict(self.hashes) if self.hashes else dict.fromkeys(self.adapters, ""),
+            "assigned": {k: list(v) for k, v in self.assigned.items()},
+            **{
+                key: {
+                    row: {task: round(value, 4) for task, value in zip(self.tasks, values, strict=True)}
+                    for row, values in zip(rows, scores.mean(-1).tolist(), strict=True)
+                }
+                for key, scores in table.items()
+            },
+            "own": {k: list(v) for k, v in self.own.items()},
+            "best_single": self.best_single,
+        }
+
+    def assign(self, pairs: Mapping[str, Iterable[str]]) -> Profile:
+        """The same profile with own tasks given by hand.
+
+        Raises:
+            UsageError: an adapter or a task that is not in the profile.
+        """
+        for name, tasks in pairs.items():
+            if name not in self.adapters:
+                raise UsageError(
+                    f"There is no adapter {name!r} in profile {self.name}.",
+                    "",
+                    f"Choose {choices(self.adapters)}.",
+                )
+            for task in tasks:
+                if task not in self.tasks:
+                    raise UsageError(
+                        f"There is no task {task!r} in profile {self.name}.",
+                        "",
+                        f"Choose {choices(self.tasks)}.",
+                    )
+        given = {**self.assigned, **{name: tuple(tasks) for name, tasks in pairs.items()}}
+        return Profile(**{**self.__dict__, "assigned": given})
+
+    # -- on disk
+
+    def save(self, folder: Path) -> Path:
+        """Writes the folder; profile.json last."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"task": task, **shot.to_json()} for task, shots in self.shots.items() for shot in shots]
+        _write(folder / "shots.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        scores = {"nll": self.nll} if self.exact is None else {"nll": self.nll, "exact": self.exact}
+        save_file({k: v.contiguous() for k, v in scores.items()}, folder / "profile.safetensors.tmp")
+        os.replace(folder / "profile.safetensors.tmp", folder / "profile.safetensors")
+        _write(folder / "profile.json", json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Profile:
+        """Reads a saved profile.
+
+        Raises:
+            InputError: the folder holds none, or a run that was not finished, or what it holds cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / "profile.json").exists():
+            half = (folder / "journal.jsonl").exists()
+            raise InputError(
+                f"{folder} holds no {'finished ' * half}profile.",
+                "The run was interrupted." * half,
+                "Run recycle profile again with the same arguments; it goes on where it stopped." if half
+                else "Make one: recycle profile FILE... --kshot 16 --out NAME",
+            )  # fmt: skip
+        try:
+            data = json.loads((folder / "profile.json").read_text(encoding="utf8"))
+            if data["schema_version"] > SCHEMA_VERSION:
+                raise InputError(f"{folder} was written by a newer version.", "", "Upgrade recycler.")
+            shots: dict[str, list[Shot]] = {task: [] for task in data["tasks"]}
+            for line in (folder / "shots.jsonl").read_text(encoding="utf8").splitlines():
+                row = json.loads(line)
+                shot = parse_row(row)
+                if isinstance(shot, Shot):
+                    shots[row["task"]].append(shot)
+            scores = load_file(folder / "profile.safetensors")
+            return cls(
+                adapters=tuple(data["adapters"]),
+                shots=Shots(shots),
+                nll=scores["nll"],
+                exact=scores.get("exact"),
+                base=data["base"],
+                hashes=data["adapters"],
+                assigned={k: tuple(v) for k, v in data["assigned"].items()},
+                seed=data["seed"],
+                name=data["name"],
+                folder=folder,
+            )
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            raise InputError(f"The profile in {folder} cannot be read ({error}).", "", "Make it again.") from None
+
+
+def own_tasks(
+    adapters: Sequence[str], tasks: Sequence[str], nll_RT: Tensor, assigned: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Adapter → its own tasks: those that no other adapter improves more over the base.
+
+    Every adapter of a set of strangers lowers the NLL of every task that asks for short answers, so "where it gains most" is
+    asked per task, of all adapters. An adapter that is best nowhere (a duplicate, or a weak one) gets the task where it is
+    furthest ahead of the others' mean, if it improves on the base there; one that improves nothing gets none.
+
+    Args:
+        nll_RT: mean NLL, row 0 the base, then one per adapter.
+        assigned: adapter → tasks by hand; these replace its own, and nobody else gets them.
+    """
+    taken = {task for given in assigned.values() for task in given}
+    best = _best(adapters, tasks, nll_RT)
+    own: dict[str, tuple[str, ...]] = {}
+    mean_T = nll_RT[1:].mean(0)
+    for e, name in enumerate(adapters, 1):
+        if name in assigned:
+            own[name] = tuple(assigned[name])
+            continue
+        mine = [task for task in tasks if best.get(task) == name and task not in taken]
+        if not mine:
+            lead = {
+                task: float(mean_T[t] - nll_RT[e, t])
+                for t, task in enumerate(tasks)
+                if nll_RT[e, t] < nll_RT[0, t] and task not in taken
+            }
+            mine = [max(lead, key=lead.__getitem__)] if lead else []
+        own[name] = tuple(mine)
+    return own
+
+
+def _best(adapters: Sequence[str], tasks: Sequence[str], nll_RT: Tensor) -> dict[str, str]:
+    """Task → the adapter with the lowest NLL, where that is below the base's."""
+    index_T = nll_RT.argmin(0).tolist()
+    return {task: adapters[i - 1] for task, i in zip(tasks, index_T, strict=True) if i}
+
+
+def measure(
+    model: RoutedModel,
+    shots: Shots,
+    *,
+    generate: bool = False,
+    journal: Path | None = None,
+    key: str = "",
+    tokens: int = 2048,
+    progress: Progress = silent,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores the base and every adapter of `model` on every shot: (nll, exact), each [N+1, tasks, K].
+
+    A forward holds rows of many adapters; how they are batched does not depend on where an earlier run stopped.
+
+    Args:
+        generate: also answer every prompt, and compare.
+        journal: finished rows are written there, and read again after an interruption.
+        key: whatever else the scores depend on; a journal of another key is thrown away.
+    """
+    count = len(model.names) + 1
+    tasks = list(shots)
+    k = len(shots[tasks[0]])
+    jobs = [(e, shot) for task in tasks for shot in shots[task] for e in range(count)]
+    weights_NE = torch.eye(count)[torch.tensor([e for e, _ in jobs])][:, 1:]
+    done = _Journal(journal, f"{model.names} {shots.sha256} {key}")
+
+    def run(what: str, work: Callable[[list[int], Callable[..., None]], list[float]], block: int) -> Tensor:
+        todo = [i for i in range(len(jobs)) if (what, i) not in done]
+        todo.sort(key=lambda i: -len(jobs[i][1].prompt) - len(jobs[i][1].completion))  # a block pads little
+        step = progress(len(todo), "scoring" if what == "nll" else "answering")
+        for start in range(0, len(todo), block):
+            numbers = todo[start : start + block]
+            done.write(what, numbers, work(numbers, step))
+        scores = torch.tensor([done[what, i] for i in range(len(jobs))])
+        return scores.view(len(tasks), k, count).permute(2, 0, 1).contiguous()
+
+    def score(numbers: list[int], step: Callable[..., None]) -> list[float]:
+        return mean_nll(model, [jobs[i][1] for i in numbers], weights_NE[numbers], tokens=tokens, step=step)
+
+    def match(numbers: list[int], step: Callable[..., None]) -> list[float]:
+        rows = [jobs[i][1] for i in numbers]
+        limits = [len(completion_ids(model.source, row)) + 4 for row in rows]
+        texts = answer(model, rows, weights_NE[numbers], max_new_tokens=limits, step=step)
+        return [float(exact_match(text, row.completion)) for text, row in zip(texts, rows, strict=True)]
+
+    nll = run("nll", score, 256)
+    return nll, run("exact", match, 128) if generate else None
+
+
+def exact_match(generated: str, reference: str) -> bool:
+    """The first line of the answer, stripped, equals the stripped reference (a reference of several lines: the whole)."""
+    reference = reference.strip()
+    generated = generated.strip()
+    return (generated if "\n" in reference else generated.split("\n")[0].strip()) == reference
+
+
+class _Journal:
+    """Finished scores, on disk as they come. A line that was cut off is ignored, and so is another run's journal."""
+
+    def __init__(self, path: Path | None, run: str) -> None:
+        self.path, self.scores = path, dict[tuple[str, int], float]()
+        key = hashlib.sha256(run.encode()).hexdigest()
+        if path is None:
+            return
+        lines = path.read_text(encoding="utf8").split("\n") if path.exists() else []
+        if lines and lines[0] == key:
+            for line in lines[1:-1]:
+                what, numbers, values = json.loads(line)
+                self.scores |= {(what, i): v for i, v in zip(numbers, values, strict=True)}
+            _write(path, "\n".join(lines[:-1]) + "\n")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(key + "\n", encoding="utf8")
+
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self.scores
+
+    def __getitem__(self, key: tuple[str, int]) -> float:
+        return self.scores[key]
+
+    def write(self, what: str, numbers: list[int], values: list[float]) -> None:
+        self.scores |= {(what, i): v for i, v in zip(numbers, values, strict=True)}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf8") as file:
+                file.write(json.dumps([what, numbers, values]) + "\n")
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf8")
+    os.replace(temporary, path)

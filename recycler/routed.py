@@ -1,0 +1,208 @@
+"""RoutedModel: base + adapters + router. Forward and generate on mixed batches.
+
+It behaves like the base it wraps (``model.config``, ``model.generate``, ``pipeline(model=model)``); what it adds is the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recycler.base import Base
+from recycler.engine.attach import Attachment
+from recycler.routers.base import Router, Weights
+from recycler.zoo.errors import UsageError, choices
+
+if TYPE_CHECKING:
+    from recycler.zoo.adapter import Adapter, Factors
+
+
+@dataclass(frozen=True)
+class Firing:
+    """Who fired: the weights a forward used.
+
+    Attributes:
+        adapters: names, in the order of the last axis.
+        sites: module path → weights [B, T, E].
+        mask_BT: True at real tokens; None when the inputs had no padding mask.
+    """
+
+    adapters: tuple[str, ...]
+    sites: Mapping[str, Tensor]
+    mask_BT: Tensor | None = None
+
+    def share(self) -> Tensor:
+        """[B, E]: each adapter's mean weight over sites and real tokens."""
+        rows = []
+        for w_BTE in self.sites.values():
+            # Sites of the other stream (a decoder's) have other lengths, and no padding in generation order.
+            m_BT = self.mask_BT if self.mask_BT is not None and self.mask_BT.shape[1] == w_BTE.shape[1] else None
+            m_BT1 = torch.ones_like(w_BTE[..., :1]) if m_BT is None else m_BT[..., None].to(w_BTE)
+            rows.append((w_BTE * m_BT1).sum(1) / m_BT1.sum(1).clamp(min=1))
+        return torch.stack(rows).mean(0)
+
+    def top(self, count: int = 3) -> list[list[tuple[str, float]]]:
+        """Per row, the `count` adapters with the largest share, largest first."""
+        share_BE = self.share()
+        value_BK, index_BK = share_BE.topk(min(count, share_BE.shape[-1]), dim=-1)
+        return [
+            [(self.adapters[i], v) for v, i in zip(values, indices, strict=True)]
+            for values, indices in zip(value_BK.tolist(), index_BK.tolist(), strict=True)
+        ]
+
+
+class RoutedModel(nn.Module):
+    """Base + adapters + router.
+
+    Args:
+        base: a loaded base.
+        adapters: with factors for sites of that base; their order is the order of weights.
+        router: None leaves every forward to an explicit mixture (`mixture`, `only`, `disabled`).
+
+    Attributes:
+        adapters: the Adapter records.
+        router: the router, or None; `use` exchanges it.
+    """
+
+    def __init__(self, base: Base, adapters: Sequence[Adapter], router: Router | None = None) -> None:
+        super().__init__()
+        self.source, self.adapters, self.router = base, tuple(adapters), router
+        self.base, self.tokenizer = base.model, base.tokenizer
+        self.folders: dict[str, Path] = {}  # where each adapter's files lie
+        self.warnings: list[str] = []  # what loading has to say
+        factors: dict[str, dict[str, Factors]] = {}
+        for adapter in self.adapters:
+            for site, update in adapter.sites.items():
+                factors.setdefault(site, {})[adapter.name] = update
+        self.factors = factors
+        self.engine = Attachment(base.model, factors, self.names, router)
+        self.train(False)
+
+    # -- what is in it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of weights."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Module paths that at least one adapter touches."""
+        return tuple(site for group in self.engine.groups for site in group.sites)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that adapters and gates take beside the base."""
+        return sum(t.numel() * t.element_size() for t in self.engine.buffers())
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is not here is the base's: config, device, generation_config, can_generate, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+    def use(self, router: Router | None) -> None:
+        """Exchanges the router; the adapters stay as they are.
+
+        Raises:
+            UsageError: it was built for other adapters, or for another order of them.
+        """
+        if router is not None and router.adapters != self.names:
+            raise UsageError(
+                f"The router is for {', '.join(router.adapters)}.",
+                f"The model holds {', '.join(self.names)}, in this order.",
+                "",
+            )
+        self.router = router
+        self.engine.use(router)
+
+    # -- running
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        with self._planned(inputs):
+            return self.base(*args, **inputs)
+
+    def generate(self, *args: Any, **inputs: Any) -> Any:
+        """As the base's own `generate`, with its options."""
+        with self._planned(inputs):
+            return self.base.generate(*args, **inputs)
+
+    @contextmanager
+    def _planned(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        plan = None if self.router is None else self.router.prepare(self, inputs)
+        if plan is None:
+            yield
+        else:
+            with self.engine.control.set(plan=plan):
+                yield
+
+    # -- other mixtures than the router's
+
+    @contextmanager
+    def mixture(self, weights: Weights | Mapping[str, float]) -> Iterator[RoutedModel]:
+        """Overrides the router in a ``with`` block.
+
+        Args:
+            weights: name → weight (others are 0); or a tensor [E], [B, E] or [B, T, E].
+        """
+        if isinstance(weights, Mapping):
+            unknown = sorted(set(weights) - set(self.names))
+            if unknown:
+                raise UsageError(
+                    f"There is no adapter {', '.join(unknown)} in this model.",
+                    "",
+                    f"Choose {choices(self.names)}.",
+                )
+            weights = torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
+        if isinstance(weights, Tensor):
+            weights = weights.to(self.source.device)
+        with self.engine.control.set(forced=weights):
+            yield self
+
+    def only(self, name: str) -> Any:
+        """``with model.only("math"):`` that adapter alone, at weight 1."""
+        return self.mixture({name: 1.0})
+
+    @contextmanager
+    def disabled(self) -> Iterator[RoutedModel]:
+        """``with model.disabled():`` the bare base."""
+        with self.engine.control.set(enabled=False):
+            yield self
+
+    @torch.no_grad()
+    def weights_for(self, inputs: Mapping[str, Any]) -> Firing:
+        """Runs one forward and returns who fired, per site and token."""
+        inputs = {k: v.to(self.source.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        if self.source.encoder_decoder and "decoder_input_ids" not in inputs:
+            start = self.base.config.decoder_start_token_id
+            rows = inputs["input_ids"].shape[0]
+            inputs["decoder_input_ids"] = torch.full((rows, 1), start, device=self.source.device)
+        record: dict[str, Tensor] = {}
+        with self.engine.control.set(record=record):
+            self(**inputs)
+        mask = inputs.get("attention_mask")
+        return Firing(self.names, record, None if mask is None else mask.bool())
+
+    # -- on disk
+
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes the model's directory (see `recycler.composition`); the base is referenced, not copied."""
+        from recycler.composition import save
+
+        return save(self, Path(folder), force=force)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> RoutedModel:
+        """Loads a composed model (see `recycler.load`)."""
+        from recycler.composition import load
+
+        return load(path_or_id, **options)

@@ -1,0 +1,151 @@
+"""Answering files and prompts with a composed model: every row as it came, plus "generated", in the order it came."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recycler.scoring import Progress, answer, silent
+from recycler.shots import Shot, read_rows
+from recycler.zoo.errors import InputError, UsageError, shorten
+
+if TYPE_CHECKING:
+    from recycler.evaluation import Evaluation
+    from recycler.routed import RoutedModel
+    from recycler.shots import Shots
+
+
+def answer_file(
+    load: Callable[[], RoutedModel],
+    source: Path,
+    target: Path | None,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    only: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> list[str]:
+    """Answers every row of a JSONL file. The input is checked before the model is loaded.
+
+    Args:
+        target: written only when all is done; None writes nothing.
+        only: this adapter alone, or "base".
+
+    Returns:
+        The output lines.
+
+    Raises:
+        UsageError: the output exists. InputError: rows that cannot be used, all by file and line.
+    """
+    if target is not None and target.exists() and not force:
+        raise UsageError(
+            f"{target} exists.",
+            "Nothing is overwritten unless asked.",
+            "Choose another --output, or add --force.",
+        )
+    if not source.is_file():
+        raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.")
+    numbered, bad = read_rows(source)
+    prompts = []
+    for number, row in numbered:
+        prompt = _prompt(row)
+        if isinstance(prompt, Shot):
+            prompts.append(prompt)
+        else:
+            bad.append(f"{source}:{number} ({prompt})")
+    if bad or not prompts:
+        raise InputError(
+            f"{len(bad)} row{'s' * (len(bad) != 1)} cannot be used: {shorten(bad, 10)}." if bad else f"{source} is empty.",
+            "",
+            'Each line is {"prompt": "..."} or {"messages": [...]}.',
+        )
+    texts = _answers(load(), prompts, max_new_tokens, batch_size, only, progress)
+    rows = [{**row, "generated": text} for (_, row), text in zip(numbered, texts, strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    if target is not None:
+        _write(target, lines)
+    return lines
+
+
+def answer_prompts(
+    model: RoutedModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    only: str | None = None,
+    progress: Progress = silent,
+) -> list[str]:
+    """Answers plain prompts."""
+    shots = [Shot(prompt, "") for prompt in prompts]
+    return _answers(model, shots, max_new_tokens, batch_size, only, progress)
+
+
+def write_answers(result: Evaluation, shots: Shots, folder: Path) -> None:
+    """Everybody's answers: ``<contender>/<task>.jsonl``, each row with its reference and what was generated."""
+    for contender, tasks in result.generated.items():
+        for task, texts in tasks.items():
+            rows = [{**shot.to_json(), "generated": text} for shot, text in zip(shots[task], texts, strict=True)]
+            target = folder / contender.replace(" ", "_") / f"{task}.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+
+
+def _answers(
+    model: RoutedModel,
+    shots: Sequence[Shot],
+    max_new_tokens: int,
+    batch_size: int,
+    only: str | None,
+    progress: Progress,
+) -> list[str]:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise UsageError("--max-new-tokens and --batch-size must be at least 1.", "", "")
+    step = progress(len(shots), "answering")
+    with _only(model, only):
+        return answer(model, shots, max_new_tokens=max_new_tokens, batch_size=batch_size, step=step)
+
+
+@contextmanager
+def _only(model: RoutedModel, name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+    elif name == "base":
+        with model.disabled():
+            yield
+    else:
+        with model.only(name):
+            yield
+
+
+def _prompt(row: Any) -> Shot | str:
+    """The prompt of a row, or what is wrong with it. A last turn of the assistant is the reference, not the prompt."""
+    if not isinstance(row, Mapping):
+        return "not an object"
+    if "messages" in row:
+        turns = row["messages"]
+        well_formed = isinstance(turns, list) and all(
+            isinstance(t, Mapping) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+        )
+        if not well_formed:
+            return "messages must be a list of turns with role and content"
+        pairs = [(t["role"], t["content"]) for t in turns]
+        if pairs and pairs[-1][0] == "assistant":
+            pairs = pairs[:-1]
+        return Shot("", "", tuple(pairs)) if pairs else "messages hold no prompt"
+    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        return "no text under 'prompt'"
+    return Shot(row["prompt"], "")
+
+
+def _write(target: Path, lines: Sequence[str]) -> None:
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", encoding="utf8") as file:
+        file.writelines(lines)
+    os.replace(temporary, target)

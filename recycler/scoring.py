@@ -1,0 +1,146 @@
+"""What profiles, routers and evaluations all do with a RoutedModel: score completions and answer prompts, in mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recycler import text
+from recycler.routed import RoutedModel
+from recycler.routers.base import Batch, Group, Weights
+from recycler.shots import Shot
+
+if TYPE_CHECKING:
+    from recycler.zoo.adapter import Factors
+
+Progress = Callable[[int, str], Callable[..., None]]
+
+
+def silent(steps: int, what: str) -> Callable[..., None]:
+    """The progress of a library call: none."""
+    return lambda note="": None
+
+
+def nll(model: RoutedModel, batch: Batch, weights: Weights | None) -> Tensor:
+    """Negative log-likelihood per label [B, T], fp32, 0 where nothing is scored.
+
+    Only the logits from the first scored position on are computed: the vocabulary is the widest matrix of a small model.
+
+    Args:
+        weights: a mixture as `RoutedModel.mixture` takes it; None leaves it to the router.
+    """
+    scored_T = (batch.labels_BT != text.IGNORE).any(0)
+    keep = int(scored_T.numel() - scored_T.int().argmax())
+    inputs: dict[str, Any] = dict(batch.inputs, use_cache=False)
+    if not model.source.encoder_decoder:
+        inputs["logits_to_keep"] = keep
+    if weights is None:
+        logits_BTV = model(**inputs).logits
+    else:
+        with model.mixture(weights):
+            logits_BTV = model(**inputs).logits
+    labels_BT = batch.labels_BT[:, -logits_BTV.shape[1] :]
+    scored_BT = labels_BT != text.IGNORE
+    loss_N = torch.nn.functional.cross_entropy(logits_BTV[scored_BT].float(), labels_BT[scored_BT], reduction="none")
+    loss_BT = loss_N.new_zeros(labels_BT.shape).masked_scatter(scored_BT, loss_N)
+    return torch.nn.functional.pad(loss_BT, (batch.labels_BT.shape[1] - loss_BT.shape[1], 0))
+
+
+@torch.no_grad()
+def mean_nll(
+    model: RoutedModel,
+    rows: Sequence[Shot],
+    weights_NE: Tensor | None = None,
+    *,
+    tokens: int = 2048,
+    step: Callable[..., None] | None = None,
+) -> list[float]:
+    """Mean NLL per completion token of each row, in the order of `rows`.
+
+    Args:
+        weights_NE: one mixture per row; None leaves them to the router. Rows of different adapters share forwards.
+        tokens: padded tokens in one forward.
+        step: called with the number of rows after each forward.
+    """
+    result = [0.0] * len(rows)
+    for numbers in text.by_length([shot_length(model, row) for row in rows], tokens):
+        batch = text.encode(model.source, [[rows[i]] for i in numbers])
+        loss_BT = nll(model, batch, None if weights_NE is None else weights_NE[numbers])
+        mean_B = loss_BT.sum(1) / (batch.labels_BT != text.IGNORE).sum(1)
+        for i, value in zip(numbers, mean_B.tolist(), strict=True):
+            result[i] = value
+        if step is not None:
+            step(len(numbers))
+    return result
+
+
+@torch.no_grad()
+def answer(
+    model: RoutedModel,
+    rows: Sequence[Shot],
+    weights_NE: Tensor | None = None,
+    *,
+    max_new_tokens: int | Sequence[int] = 64,
+    batch_size: int = 32,
+    step: Callable[..., None] | None = None,
+) -> list[str]:
+    """Greedy answers, in the order of `rows`. Batches hold prompts of like length.
+
+    Args:
+        weights_NE: one mixture per row; None leaves them to the router.
+        max_new_tokens: a limit for all, or one for each row.
+        step: called with the number of rows after each batch.
+    """
+    limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    result = [""] * len(rows)
+    for numbers in text.by_length([shot_length(model, row) for row in rows], rows=batch_size):
+        inputs = text.prompts(model.source, [rows[i] for i in numbers])
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max(limits[i] for i in numbers)}
+        options |= {"eos_token_id": model.source.ends, "pad_token_id": model.tokenizer.pad_token_id}
+        if weights_NE is None:
+            ids_BT = model.generate(**inputs, **options)
+        else:
+            with model.mixture(weights_NE[numbers]):
+                ids_BT = model.generate(**inputs, **options)
+        start = 0 if model.source.encoder_decoder else inputs["input_ids"].shape[1]
+        for i, ids in zip(numbers, ids_BT[:, start:], strict=True):
+            result[i] = model.tokenizer.decode(ids[: limits[i] + (start == 0)], skip_special_tokens=True)
+        if step is not None:
+            step(len(numbers))
+    return result
+
+
+def shot_length(model: RoutedModel, shot: Shot) -> int:
+    """How many tokens a shot has, prompt and completion; computed on its text, to sort by, not to allocate by."""
+    return len(text.prompt_ids(model.source, shot)) + len(text.completion_ids(model.source, shot))
+
+
+class Fitting:
+    """A RoutedModel as routers see it while they are fitted: `recycler.routers.base.Model`."""
+
+    def __init__(self, model: RoutedModel, progress: Progress = silent) -> None:
+        self.model, self.progress = model, progress
+        self.adapters = model.names
+        self.groups: tuple[Group, ...] = model.engine.groups
+        self.chains = not model.source.encoder_decoder
+
+    def factors(self, site: str) -> Mapping[str, Factors]:
+        return self.model.factors[site]
+
+    def encode(self, rows: Sequence[Sequence[Shot]]) -> Batch:
+        return text.encode(self.model.source, rows)
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, weights: Weights) -> None:
+        head = {} if self.model.source.encoder_decoder else {"logits_to_keep": 1}
+        with self.model.mixture(weights):
+            self.model(**batch.inputs, **head, use_cache=False)
+
+    def nll(self, batch: Batch, weights: Weights) -> Tensor:
+        return nll(self.model, batch, weights)
+
+    def batches(self, rows: Sequence[Sequence[Shot]], tokens: int) -> Iterator[list[int]]:
+        yield from text.by_length([sum(shot_length(self.model, shot) for shot in chain) for chain in rows], tokens)

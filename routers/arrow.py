@@ -1,0 +1,59 @@
+"""Arrow: prototypes from the adapters' own weights. No data, no gradients.
+
+The prototype of an adapter at a site is the first right singular vector of its ΔW, the direction of the input it changes
+most. A token's score is the length of its projection on it.
+
+Ostapenko et al. 2024, Towards Modular LLMs by Building and Reusing a Library of LoRAs (arXiv:2405.11157). Differences from
+released code: the vector is exact (QR of both factors and an r×r SVD, where PEFT runs 15 power iterations), and updates are
+mixed after the factors, Σ w BAx, where mttl mixes the factors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recycler.routers.base import LinearRouter, Model, Profile, Rows, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from recycler.zoo.adapter import Factors
+
+
+class Arrow(LinearRouter):
+    """score = |x · v₁|, x as it is. Adapters absent at a site are −∞ there: the score comes from their own factors."""
+
+    paper = "Ostapenko et al. 2024 (arXiv:2405.11157)"
+    absolute = True
+
+    @classmethod
+    def fit(cls, model: Model, profile: Profile | None, config: TopK) -> Self:
+        rows = {}
+        step = model.progress(len(model.groups), "prototypes")
+        for group in model.groups:
+            for site in group.sites:
+                factors = model.factors(site)
+                v_ED = torch.zeros(len(model.adapters), group.width)
+                offset_E = torch.full((len(model.adapters),), float("-inf"))
+                for index, name in enumerate(model.adapters):
+                    if name in factors:
+                        v_ED[index], offset_E[index] = prototype(factors[name]), 0.0
+                rows[site] = Rows(v_ED, offset_E)
+            step()
+        return cls(model.adapters, config, rows)
+
+
+def prototype(factors: Factors) -> Tensor:
+    """First right singular vector [D] of ΔW = B A, exact and without forming ΔW.
+
+    Aᵀ = Q_A R_A and B = Q_B R_B give ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ; the middle is r×r, and Q_A maps its right singular vectors
+    back. The sign is fixed (largest entry positive) so that the same weights give the same bytes; scores do not see it.
+    """
+    q_a, r_a = torch.linalg.qr(factors.a_RD.T.float())
+    r_b = torch.linalg.qr(factors.b_OR.float(), mode="r").R
+    _, _, vh = torch.linalg.svd(r_b @ r_a.T)
+    v_D = q_a @ vh[0]
+    return v_D * torch.sign(v_D[v_D.abs().argmax()])

@@ -1,0 +1,452 @@
+"""A small Hub on the loopback for the real client: two origins, LFS redirects, gates, revisions, faults.
+
+`Hub` serves repositories from memory. ``hub`` answers the API and /resolve/, ``cdn`` the contents of large
+files, on another port and so another origin. No answer names a host outside the loopback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+
+import pytest
+import yaml
+
+LARGE = (".safetensors", ".bin", ".pt")
+_WHEN = "2026-01-01T00:00:00.000Z"
+
+
+@dataclass(frozen=True)
+class File:
+    """Contents, and the two hashes the Hub goes by."""
+
+    path: str
+    data: bytes
+
+    @property
+    def large(self) -> bool:
+        return self.path.endswith(LARGE)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def pointer(self) -> bytes:
+        head = "version https://git-lfs.github.com/spec/v1"
+        return f"{head}\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
+
+    @property
+    def oid(self) -> str:
+        body = self.pointer if self.large else self.data
+        return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+    def lfs(self, key: str) -> dict[str, Any]:
+        facts = {key: self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
+        return {"lfs": facts} if self.large else {}
+
+
+@dataclass
+class Repo:
+    """A model repository. `gated` is False, "auto" or "manual"; `refs` maps branches and tags to commits."""
+
+    id: str
+    gated: str | bool = False
+    private: bool = False
+    disabled: bool = False
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
+        """Add a commit that holds exactly `files`, point `ref` at it, and return its sha."""
+        sha = hashlib.sha1(f"{self.id} {len(self.commits)}".encode()).hexdigest()
+        self.commits[sha] = {path: File(path, data) for path, data in files.items()}
+        self.refs[ref] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.refs.get(revision)
+
+    def card(self, sha: str) -> dict[str, Any]:
+        readme = self.commits[sha].get("README.md")
+        head = re.match(rb"---\n(.*?)\n---", readme.data, re.DOTALL) if readme else None
+        return dict(yaml.safe_load(head[1])) if head else {}
+
+    def tags(self, sha: str) -> list[str]:
+        card = self.card(sha)
+        tags = [*card.get("tags", []), "region:us"]
+        if base := card.get("base_model"):
+            tags += [f"base_model:{base}", f"base_model:adapter:{base}"]
+        if "license" in card:
+            tags.append(f"license:{card['license']}")
+        return tags + ([card["library_name"]] if "library_name" in card else [])
+
+    def info(self, sha: str, blobs: bool) -> dict[str, Any]:
+        siblings = []
+        for file in self.commits[sha].values():
+            more = {"size": len(file.data), "blobId": file.oid, **file.lfs("sha256")} if blobs else {}
+            siblings.append({"rfilename": file.path, **more})
+        known = {"id": self.id, "private": self.private, "gated": self.gated, "disabled": self.disabled}
+        counts = {"likes": 0, "downloads": 0, "createdAt": _WHEN, "lastModified": _WHEN}
+        content = {"sha": sha, "tags": self.tags(sha), "cardData": self.card(sha), "siblings": siblings}
+        return {
+            "_id": self.id,
+            "modelId": self.id,
+            "author": self.id.split("/")[0],
+            **known,
+            **counts,
+            **content,
+        }
+
+
+@dataclass
+class Fault:
+    """What goes wrong with a request whose "METHOD /path?query" matches `pattern`, `times` times.
+
+    `kind` is "status" (answer `status` with `headers`), "reset" (TCP RST), "flip" (the last byte is changed),
+    "cut" (the body ends after `keep` bytes) or "body" (answer 200 with `body`).
+    """
+
+    pattern: str
+    kind: str
+    times: int = 1
+    status: int = 503
+    headers: Mapping[str, str] = field(default_factory=dict)
+    keep: int = 0
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of the log."""
+
+    origin: str
+    method: str
+    path: str
+    headers: Mapping[str, str]
+
+    @property
+    def line(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+class Hub:
+    """Two servers, their data, their log and their faults."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.tokens: dict[str, set[str]] = {}  # token → private and gated repositories it may read
+        self.renamed: dict[str, str] = {}
+        self.faults: list[Fault] = []
+        self.log: list[Request] = []
+        self.page = 100
+        self._lock = threading.Lock()
+        self._servers = [_serve(self, _HubHandler), _serve(self, _CdnHandler)]
+        self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+
+    def add(self, repo: str, files: Mapping[str, bytes] | Path, **options: Any) -> Repo:
+        """A new repository with one commit, from contents or from a folder."""
+        made = self.repos[repo] = Repo(repo, **options)
+        if isinstance(files, Path):
+            files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
+        made.commit(files)
+        return made
+
+    def fault(self, pattern: str, kind: str, **options: Any) -> None:
+        self.faults.append(Fault(pattern, kind, **options))
+
+    def lines(self, pattern: str = "") -> list[str]:
+        """The logged "METHOD /path" that match."""
+        return [request.line for request in self.log if re.search(pattern, request.line)]
+
+    def take_fault(self, request: Request) -> Fault | None:
+        with self._lock:
+            self.log.append(request)
+            for fault in self.faults:
+                if fault.times and re.search(fault.pattern, request.line):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+@contextmanager
+def running(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A Hub for the time of a with statement, a fresh cache for its client, and no waiting between tries."""
+    from huggingface_hub import constants
+
+    assert constants.ENDPOINT == "http://127.0.0.1:9", "a call that forgets its endpoint must fail"
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setenv("NO_PROXY", "127.0.0.1")
+    patch.delenv("HF_TOKEN", raising=False)
+    patch.setattr("time.sleep", lambda seconds: None)
+    hub = Hub()
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+def _serve(hub: Hub, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    bound = type(handler.__name__, (handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+class _Answer(Exception):
+    def __init__(self, status: int, body: bytes | Any = b"", code: str = "", error: str = "", **headers: str) -> None:
+        self.status = status
+        self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
+        if error:
+            self.headers["X-Error-Message"] = error
+            body = {"error": error}
+        if code:
+            self.headers["X-Error-Code"] = code
+        if status == 401:
+            self.headers["WWW-Authenticate"] = 'Bearer realm="Authentication required", charset="UTF-8"'
+        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if not isinstance(body, bytes):
+            self.headers["Content-Type"] = "application/json"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    origin = ""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        request = Request(self.origin, self.command, self.path, dict(self.headers.items()))
+        fault = self.hub.take_fault(request)
+        try:
+            if fault and fault.kind == "status":
+                raise _Answer(fault.status, error="fault", **dict(fault.headers))
+            if fault and fault.kind == "body":
+                raise _Answer(200, fault.body)
+            if fault and fault.kind == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                return self.connection.close()
+            self.route()
+        except _Answer as answer:
+            try:
+                self.send(answer, fault)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def route(self) -> None:
+        raise NotImplementedError
+
+    def send(self, answer: _Answer, fault: Fault | None) -> None:
+        body = answer.body
+        if fault and fault.kind == "flip":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        self.send_response(answer.status)
+        kind = "resolvers" if "/resolve/" in self.path else "api"
+        headers = {
+            "Content-Length": str(len(body)),
+            "X-Request-Id": "test",
+            "RateLimit": f'"{kind}";r=499;t=300',
+            "RateLimit-Policy": f'"fixed window";"{kind}";q=500;w=300',
+        }
+        for key, value in {**headers, **answer.headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            cut = fault is not None and fault.kind == "cut"
+            self.wfile.write(body[: fault.keep] if cut and fault else body)
+            self.close_connection = self.close_connection or cut
+
+    def ranged(self, data: bytes, **headers: str) -> _Answer:
+        headers = {"Accept_Ranges": "bytes", **headers}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not asked:
+            return _Answer(200, data, **headers)
+        start, end = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
+        if start >= len(data):
+            return _Answer(416, b"", Content_Range=f"bytes */{len(data)}")
+        span = f"bytes {start}-{end}/{len(data)}"
+        return _Answer(206, data[start : end + 1], Content_Range=span, **headers)
+
+
+class _CdnHandler(_Handler):
+    origin = "cdn"
+
+    def route(self) -> None:
+        if self.headers.get("Authorization"):
+            raise _Answer(400, error="A token must not reach another origin.")
+        wanted = urlsplit(self.path).path.rsplit("/", 1)[-1]
+        for repo in self.hub.repos.values():
+            for files in repo.commits.values():
+                for file in files.values():
+                    if file.large and file.sha256 == wanted:
+                        raise self.ranged(file.data, ETag='"not-the-sha256"')
+        raise _Answer(403, error="Expired")
+
+
+class _HubHandler(_Handler):
+    origin = "hub"
+
+    def route(self) -> None:
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        repo_id = r"(?P<id>[^/]+/[^/]+)"
+        routes = {
+            r"/api/models": self.models,
+            rf"/api/models/{repo_id}(?:/revision/(?P<rev>[^/]+))?": self.info,
+            rf"/api/models/{repo_id}/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?": self.tree,
+            rf"/api/models/{repo_id}/paths-info/(?P<rev>[^/]+)": self.paths_info,
+            rf"/api/models/{repo_id}/refs": self.refs,
+            rf"/api/models/{repo_id}/auth-check": self.auth_check,
+            rf"/api/resolve-cache/models/{repo_id}/(?P<rev>[^/]+)/(?P<path>.+)": self.small,
+            rf"/{repo_id}/resolve/(?P<rev>[^/]+)/(?P<path>.+)": self.resolve,
+        }
+        for pattern, handler in routes.items():
+            if found := re.fullmatch(pattern, url.path):
+                handler({k: unquote(v or "") for k, v in found.groupdict().items()}, query)
+        raise _Answer(404, error="Not Found")
+
+    @property
+    def token(self) -> str | None:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+
+    def repo(self, at: Mapping[str, str]) -> Repo:
+        """The repository, or the answer that the real Hub gives (over plain http with an error code)."""
+        if at["id"] in self.hub.renamed:
+            target = self.path.replace(at["id"], self.hub.renamed[at["id"]], 1)
+            raise _Answer(307, Location=target)
+        if self.token and self.token not in self.hub.tokens:
+            raise _Answer(401, error="Invalid credentials in Authorization header")
+        repo = self.hub.repos.get(at["id"])
+        allowed = self.hub.tokens.get(self.token or "", set())
+        if repo is None or (repo.private and repo.id not in allowed):
+            if self.token:
+                raise _Answer(404, code="RepoNotFound", error="Repository not found")
+            raise _Answer(401, code="RepoNotFound", error="Invalid username or password.")
+        if repo.disabled:
+            raise _Answer(403, error="Access to this resource is disabled.")
+        return repo
+
+    def at(self, at: Mapping[str, str]) -> tuple[Repo, str]:
+        repo = self.repo(at)
+        revision = at.get("rev") or "main"
+        sha = repo.resolve(revision)
+        if sha is None:
+            raise _Answer(404, code="RevisionNotFound", error=f"Invalid rev id: {revision}")
+        return repo, sha
+
+    def open(self, repo: Repo) -> None:
+        """Refuse the contents of a gated repository."""
+        if repo.gated and repo.id not in self.hub.tokens.get(self.token or "", set()):
+            start = f"Access to model {repo.id} is restricted"
+            if self.token:
+                text = f"{start} and you are not in the authorized list. Visit its page to ask for access."
+                raise _Answer(403, code="GatedRepo", error=text)
+            text = f"{start}. You must have access to it and be authenticated to access it. Please log in."
+            raise _Answer(401, code="GatedRepo", error=text)
+
+    def models(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        def fits(repo: Repo) -> bool:
+            tags = set(repo.tags(repo.refs["main"]))
+            author, search = query.get("author"), query.get("search", [""])[0].lower()
+            gated = query.get("gated")
+            return (
+                not repo.private
+                and set(query.get("filter", [])) <= tags
+                and (not author or repo.id.startswith(author[0] + "/"))
+                and search in repo.id.lower()
+                and (not gated or (gated[0] == "true") == bool(repo.gated))
+            )
+
+        found = [repo for _, repo in sorted(self.hub.repos.items()) if fits(repo)]
+        start = int(query.get("cursor", ["0"])[0])
+        size = min(int(query.get("limit", [str(self.hub.page)])[0]), self.hub.page)
+        page = [repo.info(repo.refs["main"], False) for repo in found[start : start + size]]
+        more = {}
+        if start + size < len(found):
+            following = urlencode({**query, "cursor": [str(start + size)]}, doseq=True)
+            more["Link"] = f'<{self.hub.url}/api/models?{following}>; rel="next"'
+        raise _Answer(200, page, **more)
+
+    def info(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo, sha = self.at(at)
+        raise _Answer(200, repo.info(sha, bool(query.get("blobs"))))
+
+    def tree(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo, sha = self.at(at)
+        prefix = at["path"] + "/" if at.get("path") else ""
+        deep = query.get("recursive", ["false"])[0] == "true"
+        entries: dict[str, dict[str, Any]] = {}
+        for path, file in repo.commits[sha].items():
+            if not path.startswith(prefix):
+                continue
+            parents = path.removeprefix(prefix).split("/")[:-1]
+            for depth in range(len(parents) if deep else min(1, len(parents))):
+                folder = prefix + "/".join(parents[: depth + 1])
+                entries[folder] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
+            if deep or not parents:
+                entries[path] = _entry(file)
+        raise _Answer(200, list(entries.values()))
+
+    def paths_info(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo, sha = self.at(at)
+        wanted = parse_qs(self.body.decode()).get("paths", [])
+        raise _Answer(200, [_entry(f) for path, f in repo.commits[sha].items() if path in wanted])
+
+    def refs(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo = self.repo(at)
+        branches = [{"name": r, "ref": f"refs/heads/{r}", "targetCommit": s} for r, s in repo.refs.items()]
+        raise _Answer(200, {"branches": branches, "tags": [], "converts": []})
+
+    def auth_check(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        self.open(self.repo(at))
+        raise _Answer(200, {})
+
+    def file(self, at: Mapping[str, str]) -> tuple[Repo, str, File]:
+        repo, sha = self.at(at)
+        self.open(repo)
+        file = repo.commits[sha].get(at["path"])
+        if file is None:
+            raise _Answer(404, b"Entry not found", code="EntryNotFound", X_Repo_Commit=sha)
+        return repo, sha, file
+
+    def small(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        _, sha, file = self.file(at)
+        raise self.ranged(file.data, ETag=f'"{file.oid}"', X_Repo_Commit=sha)
+
+    def resolve(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo, sha, file = self.file(at)
+        if file.large:
+            location = f"{self.hub.cdn}/repos/{repo.id}/{file.sha256}?Expires=1&Signature=s"
+            linked = {"X_Linked_Etag": f'"{file.sha256}"', "X_Linked_Size": str(len(file.data))}
+            raise _Answer(302, b"Found. Redirecting", Location=location, X_Repo_Commit=sha, **linked)
+        location = f"/api/resolve-cache/models/{repo.id}/{sha}/{quote(file.path)}?etag={file.oid}"
+        raise _Answer(307, Location=location, X_Repo_Commit=sha, X_Linked_Etag=f'"{file.oid}"')
+
+
+def _entry(file: File) -> dict[str, Any]:
+    return {"type": "file", "oid": file.oid, "size": len(file.data), "path": file.path, **file.lfs("oid")}

@@ -1,0 +1,124 @@
+"""Errors of the Hub's client → `HubError`: the reason, dug out from where the client buried it, and what to
+do.
+
+One reason can arrive in several wrappings: a gated repository as itself, a disabled one as "file not found in
+the cache", a broken connection as an error of the transport library that is no OSError.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recycler.zoo.errors import HubError
+from recycler.zoo.inspect import printable
+
+_MAX_WAIT_S = 60.0
+
+
+def explain(repo: str, revision: str | None, error: Exception) -> HubError | None:
+    """What a person should read; None where the error is not the Hub's, but a fault in the program."""
+    from huggingface_hub import errors
+
+    def inside(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in _chain(error))
+
+    where = printable(repo)
+    page = "its page on the Hub"
+    answer = _response(error)
+    status = answer.status_code if answer is not None else None
+    if inside(errors.OfflineModeIsEnabled):
+        return HubError(
+            f"{where} was not fetched: offline mode is on.",
+            "HF_HUB_OFFLINE is set, and no request is made.",
+            "Unset it to fetch. What is in the zoo already needs no network.",
+        )
+    if inside(errors.GatedRepoError):
+        return HubError(
+            f"{where} is gated.",
+            "Its owner wants you to accept conditions first.",
+            f"Accept them on {page}, then log in with: hf auth login",
+        )
+    if inside(errors.DisabledRepoError):
+        return HubError(f"{where} is disabled.", "The Hub or its owner took it down.", "Choose another adapter.")
+    if inside(errors.RevisionNotFoundError):
+        return HubError(
+            f"{where} has no revision {printable(revision)}.",
+            "It was renamed or deleted, or is mistyped.",
+            f"Look up branches and commits on {page}.",
+        )
+    if inside(errors.RepositoryNotFoundError) or status in (401, 404):
+        return HubError(
+            f"{where} was not found.",
+            "It is missing or private, or the access token is not valid; the Hub does not tell these apart.",
+            "Check the spelling. If it is private, log in with: hf auth login",
+        )
+    if status == 403:
+        return HubError(
+            f"The Hub refuses access to {where}.",
+            "Your token does not allow it.",
+            "Log in with a token that may read it: hf auth login",
+        )
+    if status == 429:
+        return HubError(
+            f"The Hub's rate limit was reached at {where}.",
+            "Too many requests in the last five minutes, from you or from your network.",
+            "Wait five minutes and run it again; what was fetched stays. Logging in helps: hf auth login",
+        )
+    if status is not None:
+        return HubError(f"The Hub answered {status} for {where}.", "The fault is on its side.", "Run it again later.")
+    if inside(errors.HFValidationError):
+        return HubError(f"{where} is no valid name on the Hub.", "It cannot exist.", "Check the spelling.")
+    if _transport(error) or inside(ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
+        return HubError(
+            f"{where} could not be fetched: the Hub cannot be reached.",
+            f"{printable(type(_chain(error)[-1]).__name__)}: {printable(_chain(error)[-1])}.",
+            "Check the network and any proxy, then run it again; what was fetched stays.",
+        )
+    if isinstance(error, OSError) or inside(ValueError, KeyError):  # short bodies, no JSON
+        return HubError(
+            f"{where} could not be fetched.",
+            f"{type(error).__name__}: {printable(error)}.",
+            "Run it again; if it stays so, something between here and the Hub changes the answers.",
+        )
+    return None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and its causes, outermost first."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _response(error: BaseException) -> Any:
+    """The HTTP answer that is at the bottom of it, or None."""
+    answers = [r for e in _chain(error) if (r := getattr(e, "response", None)) is not None]
+    return answers[-1] if answers else None
+
+
+def _transport(error: BaseException) -> bool:
+    """Whether the connection failed. The library changed its name; its errors are no OSError."""
+    names = {type(e).__module__.partition(".")[0] for e in _chain(error)}
+    return bool(names & {"httpx", "httpx2", "httpcore", "httpcore2"}) and _response(error) is None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether another try may succeed: rate limits, server errors, broken connections."""
+    if any(isinstance(e, FileNotFoundError) for e in _chain(error)):
+        return False  # LocalEntryNotFoundError: the client spent its own retries before it gave up
+    answer = _response(error)
+    if answer is not None:
+        return bool(answer.status_code == 429 or answer.status_code >= 500)
+    return _transport(error)
+
+
+def pause(error: BaseException, attempt: int) -> float:
+    """Seconds to wait: what the answer asks for, else 1, 2, 4."""
+    answer = _response(error)
+    headers = answer.headers if answer is not None else {}
+    limit = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("ratelimit", ""))
+    asked = limit[1] if limit else headers.get("retry-after", "")
+    return min(float(asked) + 1 if asked.isdigit() else 2.0**attempt, _MAX_WAIT_S)

@@ -1,0 +1,131 @@
+"""``zoo.json``: one entry per adapter, and the names that an adapter may have."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from recycler.zoo.errors import InputError, UsageError
+from recycler.zoo.inspect import CONFIG, WEIGHTS, printable
+
+SCHEMA_VERSION = 1
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_MAX_NAME = 96
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the manifest.
+
+    Attributes:
+        source: a Hub id, with the subfolder where there is one, or a folder.
+        revision: the 40-hex commit when it came from the Hub.
+        base: the base model it is for, None where unknown.
+        base_path: a local folder that serves as a copy of the base, or None.
+        base_revision: the revision of the base that it declares, usually None.
+        files: file name → {"sha256", "size"}.
+        sites: how many linears it touches. parameters: numbers in its factors.
+        added: when, in UTC, ISO 8601.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    base: str | None
+    base_path: str | None
+    base_revision: str | None
+    files: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    licence: str | None
+    ranks: tuple[int, ...]
+    sites: int
+    parameters: int
+    kinds: tuple[str, ...]
+    added: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under stable keys; the name is the key it is stored under."""
+        plain = asdict(self)
+        del plain["name"]
+        return {**plain, "ranks": list(self.ranks), "kinds": list(self.kinds)}
+
+
+def slug(text: str) -> str:
+    """A name for an adapter from a repository's or folder's name: ``Math LoRA_v2`` → ``math-lora_v2``.
+
+    Raises:
+        UsageError: nothing usable is left.
+    """
+    raw = re.sub(r"[^a-z0-9._-]+", "-", text.lower())[:_MAX_NAME].lstrip("._-").rstrip(".-")
+    return check_name(raw, text)
+
+
+def check_name(name: str, given: str | None = None) -> str:
+    """`name`, if it can name an adapter on every system.
+
+    Raises:
+        UsageError: it is no slug, ends in a dot, is too long, or is reserved on Windows.
+    """
+    usable = _SLUG.fullmatch(name) and len(name) <= _MAX_NAME and not name.endswith(".")
+    if not usable or name.split(".")[0] in _RESERVED:
+        raise UsageError(
+            f"{printable(given or name)!r} cannot name an adapter.",
+            f"Names become folders: a-z, 0-9, '.', '_', '-', at most {_MAX_NAME}, and not CON or NUL.",
+            "Choose another with --as.",
+        )
+    return name
+
+
+def read_manifest(path: Path) -> dict[str, Entry]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        version = data["schema_version"]
+        if version == SCHEMA_VERSION:
+            return {name: _entry(name, data["adapters"][name]) for name in sorted(data["adapters"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read: {printable(error)}.",
+            "It is the list of what the zoo holds, and was cut or edited by hand.",
+            "Restore it, or move it away and fetch the adapters again.",
+        ) from error
+    raise InputError(
+        f"{path} has schema_version {printable(version)}; this version reads {SCHEMA_VERSION}.",
+        "A newer recycle wrote it.",
+        "Update with: pip install -U recycler",
+    )
+
+
+def _entry(name: str, data: Mapping[str, Any]) -> Entry:
+    if not _SLUG.fullmatch(name):  # names become paths
+        raise ValueError(f"{name!r} is no name")
+    known = {f.name for f in fields(Entry)} - {"name", "ranks", "kinds"}
+    files = {str(f): {"sha256": str(v["sha256"]), "size": int(v["size"])} for f, v in data["files"].items()}
+    if any(Path(f).name != f for f in files) or not {CONFIG, WEIGHTS} <= files.keys():
+        raise ValueError(f"the files of {name!r} are not those of an adapter")
+    plain = {key: data[key] for key in known} | {"files": files}
+    return Entry(name=name, ranks=tuple(data["ranks"]), kinds=tuple(data["kinds"]), **plain)
+
+
+def write_manifest(path: Path, entries: Mapping[str, Entry]) -> None:
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "adapters": {name: entries[name].to_json() for name in sorted(entries)},
+    }
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            json.dump(data, stream, indent=2, sort_keys=True, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
