@@ -21,7 +21,7 @@ Progress = Callable[[int, str], Callable[..., None]]
 
 def silent(steps: int, what: str) -> Callable[..., None]:
     """The progress of a library call: none."""
-    return lambda note="": None
+    return lambda count=1, note="": None
 
 
 def nll(model: RoutedModel, batch: Batch, weights: Weights | None) -> Tensor:

@@ -57,8 +57,8 @@ def bars() -> Iterator[Callable[[int, str], Callable[..., None]]]:
         def start(steps: int, what: str) -> Callable[..., None]:
             task = progress.add_task(what, total=steps, note="")
 
-            def step(count: int | str = 1, note: str = "") -> None:
-                progress.update(task, advance=count if isinstance(count, int) else 1, note=note)
+            def step(count: int = 1, note: str = "") -> None:
+                progress.update(task, advance=count, note=note)
 
             return step
 

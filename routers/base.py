@@ -124,7 +124,7 @@ class Model(Protocol):
         ...
 
     def progress(self, steps: int, what: str) -> Callable[..., None]:
-        """A bar of `steps`; call the result after each, with an optional note."""
+        """A bar of `steps`; call the result as (count=1, note="") after each."""
         ...
 
 

