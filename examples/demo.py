@@ -32,9 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import recycler
+    from recycler.shots import Shot
     from recycler.terminal import bars, evaluation_table, profile_table, say
     from recycler.text import prompts as encode
-    from recycler.shots import Shot
 
     started = time.perf_counter()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ def profile(
     out: str | Path | None = None,
     base: str | Base | None = None,
     adapters: Iterable[str] | None = None,
-    assign: dict[str, Iterable[str]] | None = None,
+    assign: Mapping[str, str | Iterable[str]] | None = None,
     generate: bool = False,
     progress: Progress = silent,
     **loading: Any,
@@ -61,7 +61,8 @@ def profile(
     model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
     facts = _base_facts(zoo, chosen, loaded)
     hashes = {adapter.name: adapter.sha256 for adapter in model.adapters}
-    empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed)
+    name = where.name if where is not None else "profile"
+    empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed, name)
     given = empty.assign(assign or {}).assigned  # names are checked before the long work
     journal = None if where is None else where / "journal.jsonl"
     try:
@@ -69,8 +70,7 @@ def profile(
                              key=f"{facts} {hashes} {loaded.model.dtype}")  # fmt: skip
     finally:
         model.engine.detach()
-    name = where.name if where is not None else "profile"
-    result = replace(empty, nll=nll, exact=exact, assigned=given, name=name, folder=where)
+    result = replace(empty, nll=nll, exact=exact, assigned=given, folder=where)
     if where is not None and journal is not None:
         result.save(where)
         journal.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def build_router(
     base: str | Base | None = None,
     adapters: Iterable[str] | None = None,
     out: str | Path | None = None,
-    assign: dict[str, Iterable[str]] | None = None,
+    assign: Mapping[str, str | Iterable[str]] | None = None,
     progress: Progress = silent,
     loading: dict[str, Any] | None = None,
     **config: Any,
@@ -154,7 +154,11 @@ def router_folder(zoo: Zoo, name: str | Path) -> Path:
 def _folder(parent: Path, name: str | Path) -> Path:
     if isinstance(name, Path) or "/" in name or "\\" in name or name in (".", ".."):
         return Path(name).expanduser()
-    return parent / check_name(name)
+    try:
+        return parent / check_name(name)
+    except UsageError as error:
+        fix = "Use such a name, or a path: ./" + name
+        raise UsageError(f"{name!r} cannot name a folder of the zoo.", error.why, fix) from None
 
 
 def read_adapters(zoo: Zoo, names: Iterable[str], base: Base) -> list[Adapter]:
@@ -215,6 +219,8 @@ def _base_facts(zoo: Zoo, names: Iterable[str], loaded: Base) -> dict[str, Any]:
 
 def _chosen(zoo: Zoo, adapters: Iterable[str] | None) -> list[str]:
     chosen = list(zoo.entries) if adapters is None else list(dict.fromkeys(adapters))
+    if not chosen and adapters is not None:
+        raise UsageError("No adapters were chosen.", "", f"Name some of the zoo's ({choices(zoo)}), or leave them all.")
     if not chosen:
         raise UsageError(f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER")
     for name in chosen:
@@ -222,8 +228,8 @@ def _chosen(zoo: Zoo, adapters: Iterable[str] | None) -> list[str]:
     return chosen
 
 
-def _matching(zoo: Zoo, profile: Profile, chosen: Iterable[str]) -> Profile:
-    """The profile, if it was measured on these very adapters."""
+def _matching(zoo: Zoo, profile: Profile, chosen: Sequence[str]) -> Profile:
+    """What the profile says of the chosen adapters, if it was measured on these very ones."""
     strangers = [name for name in chosen if name not in profile.adapters]
     if strangers:
         raise UsageError(
@@ -242,7 +248,7 @@ def _matching(zoo: Zoo, profile: Profile, chosen: Iterable[str]) -> Profile:
             "Its scores are another adapter's.",
             "Run recycle profile again.",
         )
-    return profile
+    return profile.restricted(chosen)
 
 
 def _blank(rows: int, shots: Shots) -> Any:

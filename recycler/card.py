@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recycler.zoo.match import is_hub_id
+
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
 
@@ -23,7 +25,7 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
     sources = [a["source"] for a in adapters if a["revision"]]  # only Hub ids belong in the header
     header: dict[str, Any] = {
         "library_name": "recycler",
-        "base_model": [base, *sources],
+        "base_model": [*([base] if is_hub_id(base) else []), *sources],
         "base_model_relation": "merge",
         "tags": ["lora", "mixture-of-experts", "recycler"],
     }
@@ -32,7 +34,7 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
     own = (router.facts.get("profile") or {}).get("own", {})
     rows = [
         f"| {a['name']} | {_plain(a['source'])} | {(a['revision'] or '')[:12]} | {_plain(a['licence'] or 'not stated')} "
-        f"| {', '.join(own.get(a['name'], ())) or '–'} | `{a['sha256'][:12]}` |"
+        f"| {_plain(', '.join(own.get(a['name'], ()))) or '–'} | `{a['sha256'][:12]}` |"
         for a in adapters
     ]
     options = ", ".join(f"{key}={value}" for key, value in vars(router.config).items())

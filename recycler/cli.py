@@ -373,6 +373,8 @@ def compose(router_name: str, out: str, force: bool, base: str | None, zoo_path:
     from recycler.terminal import say
 
     model = run(_zoo(zoo_path), router_name, out, base=base, force=force)
+    for warning in model.warnings:
+        say(f"warning: {warning}")
     say(f"{len(model.names)} adapters on {len(model.sites)} sites, {model.extra_bytes / 1e6:.1f} MB beside the base")
     click.echo(out)
 
@@ -387,8 +389,8 @@ def compose(router_name: str, out: str, force: bool, base: str | None, zoo_path:
     help='JSONL; each row as it came, plus "generated". By default stdout.',
 )
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.")
-@click.option("--max-new-tokens", default=64, show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--only", "only_adapter", metavar="ADAPTER", help="Use this adapter alone; `base` for none.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @with_base
@@ -414,6 +416,8 @@ def run(
             "",
             "recycle run MODEL --input FILE.jsonl, or -p TEXT",
         )
+    if output_file and prompts:
+        raise UsageError("--output goes with --input.", "Answers to -p are printed.", "Leave --output out.")
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
@@ -452,7 +456,7 @@ def run(
     type=click.IntRange(min=1),
     help="By default what the reference needs, and a little more.",
 )
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Which adapter is a task's own, for the oracle.")
 @click.option("--answers", type=click.Path(), help="A folder for everybody's answers, as JSONL.")
 @with_base
@@ -476,6 +480,8 @@ def evaluate(
     from recycler.shots import Shots
     from recycler.terminal import bars, evaluation_table, say
 
+    if answers and Path(answers).is_file():
+        raise UsageError(f"{answers} is a file.", "", "Give --answers a folder.")
     shots = Shots.from_files(*files)
     if rows:
         shots = Shots({task: some[:rows] for task, some in shots.items()})

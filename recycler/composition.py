@@ -27,6 +27,7 @@ from recycler.routed import RoutedModel
 from recycler.routers.base import Router
 from recycler.zoo import formats
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
+from recycler.zoo.manifest import check_name
 from recycler.zoo.match import place
 from recycler.zoo.store import Zoo
 
@@ -80,6 +81,7 @@ def compose(
         )
     model = RoutedModel(base, adapters, router)
     model.folders = {name: zoo.folder(name) for name in router.adapters}
+    _compare(model, router.facts.get("base") or {})
     if out is not None:
         save(model, Path(out), force=force)
     return model
@@ -87,17 +89,27 @@ def compose(
 
 def check_output(folder: Path, force: bool) -> None:
     """Raises UsageError when `folder` is in use and may not be replaced."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file.", "", "Choose another --out.")
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held and not force:
         raise UsageError(
             f"{folder} is not empty.",
             "Nothing is overwritten unless asked.",
             "Choose another --out, or add --force.",
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+    if held and MANIFEST not in held:
         raise UsageError(
             f"{folder} holds something else than a composed model.",
             "--force replaces models only.",
             "Choose another --out.",
+        )
+    strangers = sorted(held - {MANIFEST, "adapters", "router", "README.md"})
+    if strangers:
+        raise UsageError(
+            f"{folder} holds a composed model, and beside it {shorten(strangers)}.",
+            "--force replaces models only, and that would be lost.",
+            "Move it away, or choose another --out.",
         )
 
 
@@ -120,7 +132,7 @@ def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
         facts = model.router.facts
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            "base": facts.get("base", {"id": model.source.id}),
+            "base": {"id": model.source.id, **facts.get("base", {}), **_where(model.source)},
             "adapters": [
                 {
                     "name": a.name,
@@ -141,6 +153,12 @@ def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
     model.folders = {a.name: folder / "adapters" / a.name for a in model.adapters}
     return folder
+
+
+def _where(base: Base) -> dict[str, Any]:
+    """Where this base can be had; the id and the fingerprint stay those that the router was built on."""
+    folder = Path(base.id)
+    return {"path": str(folder.resolve()) if folder.is_dir() else base.id, "revision": base.revision}
 
 
 def _replace(new: Path, target: Path) -> None:
@@ -192,22 +210,28 @@ def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: st
         raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
     model = RoutedModel(loaded, adapters, router)
     model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
-    known = manifest["base"].get("fingerprint")
-    if known and fingerprint(loaded.model) != known:
+    _compare(model, manifest["base"])
+    return model
+
+
+def _compare(model: RoutedModel, recorded: Mapping[str, Any]) -> None:
+    """Warns where the base is another than the router was built on."""
+    known = recorded.get("fingerprint")
+    if known and fingerprint(model.source.model) != known:
         model.warnings.append(
-            f"{loaded.id} is not the base that this model was composed on ({manifest['base']['id']}, fingerprint {known}): "
+            f"{model.source.id} is not the base that the router was built on ({recorded.get('id')}, fingerprint {known}): "
             "its gates were fitted on other activations."
         )
-    return model
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-        if manifest["schema_version"] > SCHEMA_VERSION:
-            raise InputError(f"{folder} was composed by a newer version.", "", "Upgrade recycler.")
-        manifest["base"]["id"], manifest["adapters"]
-        return manifest
+        newer = manifest["schema_version"] > SCHEMA_VERSION
+        manifest["base"]["id"]
+        for record in manifest["adapters"]:
+            record["source"], record["revision"], record["sha256"]
+            check_name(record["name"])  # names become paths
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not a composed model.",
@@ -216,6 +240,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST} cannot be read ({error}).", "", "Compose the model again.") from None
+    if newer:
+        raise InputError(f"{folder} was composed by a newer version.", "", "Upgrade recycler.")
+    return manifest
 
 
 def _load_base(recorded: Mapping[str, Any], given: str | None, loading: dict[str, Any]) -> Base:

@@ -18,7 +18,7 @@ from recycler.routers.base import Router
 from recycler.scoring import Progress, answer, mean_nll, silent
 from recycler.shots import Shot, Shots
 from recycler.text import completion_ids
-from recycler.zoo.errors import UsageError
+from recycler.zoo.errors import UsageError, choices
 
 SCHEMA_VERSION = 1
 BASELINES = ("base", "best single", "uniform", "oracle")
@@ -117,12 +117,13 @@ def evaluate(
     hindsight, so the baselines only get stronger. `chosen` says which.
 
     Args:
-        routers: label → router, instead of the model's own alone.
+        routers: label → router, instead of the model's own alone. One whose label is a baseline's gets "router" added to it.
         owner: task → its own adapter, by hand.
         max_new_tokens: per answer; by default what the reference needs and a little more.
 
     Raises:
-        UsageError: there is no router to evaluate.
+        UsageError: there is no router or no row to evaluate, a router is for other adapters, or `owner` names an adapter or a
+            task that is not there.
     """
     own_router = model.router
     routers = dict(routers) if routers is not None else {}
@@ -130,6 +131,8 @@ def evaluate(
         if own_router is None:
             raise UsageError("There is no router to evaluate.", "", "Compose a model with one.")
         routers = {own_router.method(): own_router}
+    routers = {f"{label} router" if label in BASELINES else label: router for label, router in routers.items()}
+    _check(model, shots, routers, owner or {})
     rows = [(task, shot) for task, some in shots.items() for shot in some]
     limits = [max_new_tokens or len(completion_ids(model.source, shot)) + 4 for _, shot in rows]
     facts = [r.facts.get("profile") or {} for r in ([own_router] if own_router else []) + list(routers.values())]
@@ -185,6 +188,23 @@ def evaluate(
         generated={label: by_task(texts[label]) for label in labels},
         chosen=chosen,
     )
+
+
+def _check(model: RoutedModel, shots: Shots, routers: Mapping[str, Router], owner: Mapping[str, str]) -> None:
+    """Finds what is wrong before the long work."""
+    if not shots or not all(shots.values()):
+        raise UsageError("There are no rows to evaluate.", "", "Give JSONL files, one task each.")
+    for task, name in owner.items():
+        if task not in shots:
+            raise UsageError(f"There is no task {task!r} here.", "", f"Choose {choices(shots)}.")
+        if name not in model.names:
+            raise UsageError(f"There is no adapter {name!r} in this model.", "", f"Choose {choices(model.names)}.")
+    own = model.router
+    try:
+        for router in routers.values():
+            model.use(router)
+    finally:
+        model.use(own)
 
 
 def _choose(

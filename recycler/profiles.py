@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from recycler.scoring import Progress, answer, mean_nll, silent
 from recycler.shots import Shot, Shots, parse_row
 from recycler.text import completion_ids
-from recycler.zoo.errors import InputError, UsageError, choices
+from recycler.zoo.errors import InputError, RecycleError, UsageError, choices
 
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
@@ -75,10 +75,11 @@ class Profile:
 
     @property
     def best_single(self) -> str | None:
-        """The one adapter to use everywhere: highest mean exact match over tasks where answers were generated, else lowest
-        mean NLL. None if the base itself is better."""
-        score = self.nll.mean((1, 2)) if self.exact is None else -self.exact.mean((1, 2))
-        index = int(score.argmin())
+        """The one adapter to use everywhere: highest mean exact match where answers were generated, and of several such, or
+        where none were, lowest mean NLL. None if the base itself is as good."""
+        nll_R = self.nll.mean((1, 2)).tolist()
+        wrong_R = [0.0] * len(nll_R) if self.exact is None else (-self.exact.mean((1, 2))).tolist()
+        index = min(range(len(nll_R)), key=lambda r: (wrong_R[r], nll_R[r]))
         return self.adapters[index - 1] if index else None
 
     def summary(self) -> dict[str, Any]:
@@ -115,13 +116,14 @@ class Profile:
             "best_single": self.best_single,
         }
 
-    def assign(self, pairs: Mapping[str, Iterable[str]]) -> Profile:
-        """The same profile with own tasks given by hand.
+    def assign(self, pairs: Mapping[str, str | Iterable[str]]) -> Profile:
+        """The same profile with own tasks given by hand; a task alone may stand for a list of one.
 
         Raises:
             UsageError: an adapter or a task that is not in the profile.
         """
-        for name, tasks in pairs.items():
+        given = {name: (tasks,) if isinstance(tasks, str) else tuple(tasks) for name, tasks in pairs.items()}
+        for name, tasks in given.items():
             if name not in self.adapters:
                 raise UsageError(
                     f"There is no adapter {name!r} in profile {self.name}.",
@@ -135,8 +137,19 @@ class Profile:
                         "",
                         f"Choose {choices(self.tasks)}.",
                     )
-        given = {**self.assigned, **{name: tuple(tasks) for name, tasks in pairs.items()}}
-        return Profile(**{**self.__dict__, "assigned": given})
+        return replace(self, assigned={**self.assigned, **given})
+
+    def restricted(self, names: Sequence[str]) -> Profile:
+        """The profile of some of the adapters: own tasks, owners and the best single one are theirs."""
+        rows = [0, *(self.adapters.index(name) + 1 for name in names)]
+        return replace(
+            self,
+            adapters=tuple(names),
+            nll=self.nll[rows],
+            exact=None if self.exact is None else self.exact[rows],
+            hashes={name: self.hashes[name] for name in names if name in self.hashes},
+            assigned={name: tasks for name, tasks in self.assigned.items() if name in names},
+        )
 
     # -- on disk
 
@@ -150,7 +163,8 @@ class Profile:
         scores = {"nll": self.nll} if self.exact is None else {"nll": self.nll, "exact": self.exact}
         save_file({k: v.contiguous() for k, v in scores.items()}, folder / "profile.safetensors.tmp")
         os.replace(folder / "profile.safetensors.tmp", folder / "profile.safetensors")
-        _write(folder / "profile.json", json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n")
+        # Not sorted by key: the order of adapters is that of the scores' rows.
+        _write(folder / "profile.json", json.dumps(self.to_json(), indent=2) + "\n")
         return folder
 
     @classmethod
@@ -177,12 +191,16 @@ class Profile:
             if data["schema_version"] > SCHEMA_VERSION:
                 raise InputError(f"{folder} was written by a newer version.", "", "Upgrade recycler.")
             shots: dict[str, list[Shot]] = {task: [] for task in data["tasks"]}
-            for line in (folder / "shots.jsonl").read_text(encoding="utf8").splitlines():
+            # not splitlines: texts may hold U+2028 and the like
+            for line in (folder / "shots.jsonl").read_text(encoding="utf8").rstrip("\n").split("\n"):
                 row = json.loads(line)
                 shot = parse_row(row)
-                if isinstance(shot, Shot):
-                    shots[row["task"]].append(shot)
+                if not isinstance(shot, Shot):
+                    raise ValueError(f"a row of shots.jsonl: {shot}")
+                shots[row["task"]].append(shot)
             scores = load_file(folder / "profile.safetensors")
+            if any(scores["nll"].shape != (len(data["adapters"]) + 1, len(shots), len(rows)) for rows in shots.values()):
+                raise ValueError("scores and shots do not fit together")
             return cls(
                 adapters=tuple(data["adapters"]),
                 shots=Shots(shots),
@@ -195,6 +213,8 @@ class Profile:
                 name=data["name"],
                 folder=folder,
             )
+        except RecycleError:
+            raise
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             raise InputError(f"The profile in {folder} cannot be read ({error}).", "", "Make it again.") from None
 
@@ -307,7 +327,7 @@ class _Journal:
             for line in lines[1:-1]:
                 what, numbers, values = json.loads(line)
                 self.scores |= {(what, i): v for i, v in zip(numbers, values, strict=True)}
-            _write(path, "\n".join(lines[:-1]) + "\n")
+            _write(path, "\n".join([key, *lines[1:-1]]) + "\n")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(key + "\n", encoding="utf8")

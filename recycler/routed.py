@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class RoutedModel(nn.Module):
         router: None leaves every forward to an explicit mixture (`mixture`, `only`, `disabled`).
 
     Attributes:
-        adapters: the Adapter records.
+        adapters: the Adapter records; without their factors once there is a router.
         router: the router, or None; `use` exchanges it.
     """
 
@@ -80,8 +80,11 @@ class RoutedModel(nn.Module):
         for adapter in self.adapters:
             for site, update in adapter.sites.items():
                 factors.setdefault(site, {})[adapter.name] = update
-        self.factors = factors
         self.engine = Attachment(base.model, factors, self.names, router)
+        # Only fitting reads factors again; a finished model does not keep a second copy, in fp32, of what the engine holds.
+        self.factors = factors if router is None else {}
+        if router is not None:
+            self.adapters = tuple(replace(adapter, sites={}) for adapter in self.adapters)
         self.train(False)
 
     # -- what is in it

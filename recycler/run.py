@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recycler.scoring import Progress, answer, silent
-from recycler.shots import Shot, read_rows
+from recycler.shots import NO_TEXT, Shot, is_text, read_rows
 from recycler.zoo.errors import InputError, UsageError, shorten
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def answer_file(
             "Nothing is overwritten unless asked.",
             "Choose another --output, or add --force.",
         )
+    if target is not None and target.is_dir():
+        raise UsageError(f"{target} is a folder.", "", "Give --output a file.")
     if not source.is_file():
         raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.")
     numbered, bad = read_rows(source)
@@ -66,7 +68,7 @@ def answer_file(
         )
     texts = _answers(load(), prompts, max_new_tokens, batch_size, only, progress)
     rows = [{**row, "generated": text} for (_, row), text in zip(numbered, texts, strict=True)]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [_line(row) for row in rows]
     if target is not None:
         _write(target, lines)
     return lines
@@ -81,8 +83,17 @@ def answer_prompts(
     only: str | None = None,
     progress: Progress = silent,
 ) -> list[str]:
-    """Answers plain prompts."""
-    shots = [Shot(prompt, "") for prompt in prompts]
+    """Answers plain prompts.
+
+    Raises:
+        UsageError: one of them is no text.
+    """
+    shots = []
+    for prompt in prompts:
+        shot = _prompt({"prompt": prompt})
+        if not isinstance(shot, Shot):
+            raise UsageError(f"The prompt {prompt!r} cannot be used: {shot}.", "", "Give some text.")
+        shots.append(shot)
     return _answers(model, shots, max_new_tokens, batch_size, only, progress)
 
 
@@ -125,6 +136,11 @@ def _only(model: RoutedModel, name: str | None) -> Iterator[None]:
 
 def _prompt(row: Any) -> Shot | str:
     """The prompt of a row, or what is wrong with it. A last turn of the assistant is the reference, not the prompt."""
+    shot = _parse(row)
+    return NO_TEXT if isinstance(shot, Shot) and not is_text(shot) else shot
+
+
+def _parse(row: Any) -> Shot | str:
     if not isinstance(row, Mapping):
         return "not an object"
     if "messages" in row:
@@ -141,6 +157,16 @@ def _prompt(row: Any) -> Shot | str:
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         return "no text under 'prompt'"
     return Shot(row["prompt"], "")
+
+
+def _line(row: Any) -> str:
+    """A row as it came. Readable, unless a field that nobody reads holds what UTF-8 does not."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return json.dumps(row) + "\n"
 
 
 def _write(target: Path, lines: Sequence[str]) -> None:

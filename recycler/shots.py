@@ -16,6 +16,8 @@ from typing import Any
 
 from recycler.zoo.errors import InputError, UsageError, shorten
 
+NO_TEXT = "half of a surrogate pair, which is not text"
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -135,6 +137,21 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
 
 def parse_row(row: Any) -> Shot | str:
     """A shot, or what is wrong with the row."""
+    shot = _parse(row)
+    return NO_TEXT if isinstance(shot, Shot) and not is_text(shot) else shot
+
+
+def is_text(shot: Shot) -> bool:
+    r"""No halves of surrogate pairs: JSON can spell them ("\ud83d"), no tokenizer and no file takes them."""
+    try:
+        for part in (shot.prompt, shot.completion, *(part for turn in shot.messages or () for part in turn)):
+            part.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parse(row: Any) -> Shot | str:
     if not isinstance(row, Mapping):
         return "not an object"
     if "messages" in row:

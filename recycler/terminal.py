@@ -26,7 +26,8 @@ def say(text: str) -> None:
 
 def complain(error: RecycleError) -> None:
     """What happened, why, and what to do, each on its own line."""
-    say(f"{click.style('error:', fg='red', bold=True) if sys.stderr.isatty() else 'error:'} {error.what}")
+    label = click.style("error:", fg="red", bold=True)  # click drops the colour where stderr is no terminal
+    click.echo(f"{label} {_CONTROL.sub('', error.what)}", err=True)
     for part in (error.why, error.fix):
         if part:
             say(f"  {part}")

@@ -136,6 +136,15 @@ class Profile(Protocol):
     seed: int
 
 
+def own_shots(model: Model, profile: Profile) -> list[tuple[int, Any]]:
+    """(adapter number, shot) for every shot of every adapter's own tasks, in the order of names: what is drawn from the list
+    with a seed does not depend on how the adapters are numbered."""
+    numbers = {name: e for e, name in enumerate(model.adapters)}
+    return [
+        (numbers[name], shot) for name in sorted(numbers) for task in profile.own.get(name, ()) for shot in profile.shots[task]
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------- the router
 
 
@@ -170,7 +179,8 @@ class Gate(nn.Module):
 
 
 class Router(nn.Module, ABC):
-    """Turns hidden states into weights over adapters.
+    """Turns hidden states into weights over adapters. A subclass's constructor works with (adapters, config) alone; what `fit`
+    learned is filled in by `load_tensors`.
 
     Attributes:
         needs: what `fit` reads: any of "shots", "scores", "embeddings", "skills". Empty means that weights suffice.
@@ -307,8 +317,7 @@ class Router(nn.Module, ABC):
                 "Upgrade recycler.",
             )
         cls = find(name)
-        router = cls.__new__(cls)
-        Router.__init__(router, manifest["adapters"], make_config(cls, manifest["config"]))
+        router = cls(manifest["adapters"], make_config(cls, manifest["config"]))
         router.report = manifest.get("report", {})
         own = {"schema_version", "method", "adapters", "config", "report"}
         router.facts = {k: v for k, v in manifest.items() if k not in own}
@@ -361,9 +370,9 @@ class LinearRouter(Router):
     normalise: ClassVar[bool] = False  # non-affine LayerNorm (eps 1e-5) of x first
     absolute: ClassVar[bool] = False
 
-    def __init__(self, adapters: Sequence[str], config: Any, rows: Mapping[str, Rows]) -> None:
+    def __init__(self, adapters: Sequence[str], config: Any, rows: Mapping[str, Rows] | None = None) -> None:
         super().__init__(adapters, config)
-        self.rows = dict(rows)
+        self.rows = dict(rows or {})
 
     def gate(self, group: Group) -> Gate | None:
         own = [site for site in group.sites if site in self.rows]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK
+from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK, own_shots
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,13 +34,15 @@ class PhatgooseConfig(TopK):
     """
     Attributes:
         steps: optimiser steps. The paper takes 100 of 1024 rows each; with few shots fewer rows do.
-        rows: rows in a batch, over all adapters.
+        rows: rows in a step, over all adapters.
         lr: AdamW's learning rate.
+        tokens: padded tokens in one forward and backward, the dial for memory; a step is split into rows of like length.
     """
 
     steps: int = 60
-    rows: int = 48
+    rows: int = 24
     lr: float = 5e-3
+    tokens: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,16 +60,11 @@ class Phatgoose(LinearRouter):
 
     @classmethod
     def fit(cls, model: Model, profile: Profile, config: PhatgooseConfig) -> Self:
-        rows = [
-            (e, shot)
-            for e, name in enumerate(model.adapters)
-            for task in profile.own.get(name, ())
-            for shot in profile.shots[task]
-        ]
+        rows = own_shots(model, profile)
         gates = _Gates(model.groups, len(model.adapters))
         losses = _train(model, gates, rows, config, profile.seed)
         trained = {e for e, _ in rows}
-        router = cls(model.adapters, config, {})
+        router = cls(model.adapters, config)
         for group in model.groups:
             for s, site in enumerate(group.sites):
                 present = [e for e, name in enumerate(model.adapters) if name in model.factors(site) and e in trained]
@@ -119,19 +116,21 @@ def _train(model: Model, gates: _Gates, rows: Sequence[tuple[int, Any]], config:
         while len(pool) < min(config.rows, len(rows)):
             pool += rng.sample(list(rows), len(rows))
         chosen, pool = pool[: config.rows], pool[config.rows :]
-        batch = model.encode([[shot] for _, shot in chosen])
-        device = batch.labels_BT.device
-        gates.to(device)
-        numbers = torch.tensor([e for e, _ in chosen], device=device)
-        gates.one_hot_BE = nn.functional.one_hot(numbers, len(model.adapters)).float()
-        loss_BT = model.nll(batch, gates.mixture)
-        # Per row and then per adapter's rows: no adapter's long completions may outvote its own short ones.
-        scored_BT = batch.labels_BT != -100
-        loss = (loss_BT.sum(1) / scored_BT.sum(1)).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        total = 0.0
+        for part in model.batches([[shot] for _, shot in chosen], config.tokens):
+            batch = model.encode([[chosen[i][1]] for i in part])
+            device = batch.labels_BT.device
+            gates.to(device)
+            numbers = torch.tensor([chosen[i][0] for i in part], device=device)
+            gates.one_hot_BE = nn.functional.one_hot(numbers, len(model.adapters)).float()
+            loss_BT = model.nll(batch, gates.mixture)
+            # The mean per row: no adapter's long completions may outvote another's short ones.
+            loss = (loss_BT.sum(1) / (batch.labels_BT != -100).sum(1)).sum() / len(chosen)
+            loss.backward()
+            total += float(loss.detach())
         nn.utils.clip_grad_norm_(gates.parameters(), 1.0)
         optimiser.step()
-        losses.append(float(loss.detach()))
+        losses.append(total)
         step(1, f"loss {losses[-1]:.3f}")
     return losses

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK
+from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK, own_shots
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,20 +65,15 @@ class Ridge(LinearRouter):
     paper = "this project: closed-form gates from K shots"
     normalise = True
 
-    def __init__(self, adapters: Sequence[str], config: Any, rows: Mapping[str, Rows]) -> None:
+    def __init__(self, adapters: Sequence[str], config: Any, rows: Mapping[str, Rows] | None = None) -> None:
         super().__init__(adapters, config, rows)
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def fit(cls, model: Model, profile: Profile, config: RidgeConfig) -> Self:
-        singles = [
-            [(e, shot)]
-            for e, name in enumerate(model.adapters)
-            for task in profile.own.get(name, ())
-            for shot in profile.shots[task]
-        ]
+        singles = [[row] for row in own_shots(model, profile)]
         chains = _chains(singles, config, profile.seed) if model.chains else []
-        router = cls(model.adapters, config, {})
+        router = cls(model.adapters, config)
         router.sums = _observe(model, singles + chains, len(model.adapters), config)
         router._solve()
         router.report = {"rows": len(singles), "chains": len(chains)}
@@ -92,7 +87,7 @@ class Ridge(LinearRouter):
         if name not in self.adapters:
             raise UsageError(f"This router has no adapter {name}.", "", f"It has {', '.join(self.adapters)}.")
         keep = [e for e, other in enumerate(self.adapters) if other != name]
-        router = type(self)([self.adapters[e] for e in keep], self.config, {})
+        router = type(self)([self.adapters[e] for e in keep], self.config)
         router.sums = {site: (g, c[:, keep]) for site, (g, c) in self.sums.items()}
         router.facts = dict(self.facts)
         router._solve()
@@ -111,7 +106,7 @@ class Ridge(LinearRouter):
         new = len(self.adapters)
         rows: list[Chain] = [[(new, shot)] for task in profile.own.get(name, ()) for shot in profile.shots[task]]
         added = _observe(model, rows, new + 1, self.config)
-        router = type(self)(model.adapters, self.config, {})
+        router = type(self)(model.adapters, self.config)
         router.sums = {
             site: (g + added[site][0], torch.nn.functional.pad(c, (0, 1)) + added[site][1])
             for site, (g, c) in self.sums.items()

@@ -1,0 +1,238 @@
+"""How routed sites execute: grouping, hooks, dtypes, compilation, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pico
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import recycler
+from recycler.base import load_base
+from recycler.build import read_adapters
+from recycler.engine.attach import Attachment
+from recycler.engine.bank import Bank
+from recycler.engine.sites import linear_shapes, trace_groups
+from recycler.routed import RoutedModel
+from recycler.routers.base import LinearGate, Rows, methods
+from recycler.zoo.adapter import Factors
+from recycler.zoo.errors import InputError
+
+
+def make(world: Pico, router: str | None = None, **loading: Any) -> RoutedModel:
+    zoo = recycler.Zoo(world.zoo)
+    if router is not None:
+        return recycler.compose(zoo, recycler.build_router(router, zoo=zoo), **loading)
+    base = load_base(str(world.base), **loading)
+    return RoutedModel(base, read_adapters(zoo, list(zoo), base))
+
+
+def test_sites_that_read_one_input_are_one_group(llama: Pico) -> None:
+    groups = {g.name.removeprefix("model.layers.1."): g for g in make(llama).engine.groups if "layers.1" in g.name}
+    names = {name: tuple(s.rpartition(".")[2] for s in g.sites) for name, g in groups.items()}
+    assert names == {
+        "self_attn.q_proj": ("q_proj", "k_proj", "v_proj"),
+        "self_attn.o_proj": ("o_proj",),
+        "mlp.gate_proj": ("gate_proj", "up_proj"),
+        "mlp.down_proj": ("down_proj",),
+    }
+    assert groups["self_attn.o_proj"].after == "model.layers.1.self_attn.q_proj"
+    assert groups["mlp.down_proj"].after == "model.layers.1.mlp.gate_proj"
+    assert groups["self_attn.q_proj"].after is None and groups["mlp.down_proj"].width == 48
+
+
+def test_cross_attention_keys_belong_to_the_encoder_stream(t5: Pico) -> None:
+    groups = {g.name: g for g in make(t5).engine.groups}
+    cross = "decoder.block.0.layer.1.EncDecAttention"
+    assert groups[f"{cross}.q"].stream == "target" and groups[f"{cross}.q"].sites == (f"{cross}.q",)
+    assert groups[f"{cross}.k"].stream == "input" and groups[f"{cross}.k"].sites == (f"{cross}.k", f"{cross}.v")
+    # the attention output sees decoder tokens, so it may follow q and never k
+    assert groups[f"{cross}.o"].stream == "target" and groups[f"{cross}.o"].after == f"{cross}.q"
+
+
+def test_a_site_that_no_forward_reaches_is_refused(llama: Pico) -> None:
+    base = load_base(str(llama.base))
+    base.model.model.layers[0].unused = torch.nn.Linear(4, 4)
+    with pytest.raises(InputError, match=r"does not reach model\.layers\.0\.unused"):
+        trace_groups(base.model, ["model.layers.0.unused", "model.layers.0.mlp.up_proj"])
+
+
+def test_the_base_keeps_its_tree_and_gets_it_back(llama: Pico) -> None:
+    base = load_base(str(llama.base))
+    before = [name for name, _ in base.model.named_modules()]
+    model = RoutedModel(base, read_adapters(recycler.Zoo(llama.zoo), ["math"], base))
+    assert [name for name, _ in base.model.named_modules()] == before
+    ids = torch.tensor([[5, 6, 7]])
+    with model.only("math"):
+        routed = base.model(ids).logits
+    model.engine.detach()
+    assert not torch.equal(base.model(ids).logits, routed)
+
+
+def test_ranks_are_concatenated_never_padded(llama: Pico) -> None:
+    model = make(llama)
+    for bank in model.engine.banks:
+        held = [f.rank for site in bank.group.sites for f in model.factors[site].values()]
+        assert bank.a_RD.shape == (sum(held), bank.group.width)
+        assert len(set(held)) > 1 or len(held) < 3
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", ["arrow", "uniform"])
+def test_no_tensor_of_tokens_by_adapters_by_outputs_exists(method: str) -> None:
+    """64 adapters of rank 1 on a wide linear: nothing larger than tokens × max(rank rows + gate rows, d_out)."""
+    count, width, tokens = 64, 256, 512
+    torch.manual_seed(0)
+    base = _OneLinear(width)
+    factors = {f"a{e:02}": Factors(torch.randn(1, width), torch.randn(width, 1)) for e in range(count)}
+    router = methods()[method].fit(_Fit(base, factors), None, methods()[method].Config())
+    engine = Attachment(base, {"proj": factors}, list(factors), router, groups=_Fit.groups(width))
+    with torch.no_grad(), _Largest() as seen:
+        base(torch.randn(1, tokens, width))
+    assert seen.numel <= tokens * max(2 * count, width)
+    assert engine.groups[0].width == width
+
+
+class _OneLinear(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)  # type: ignore[no-any-return]
+
+
+class _Fit:
+    """The least a data-free router asks of a model."""
+
+    def __init__(self, base: _OneLinear, factors: dict[str, Factors]) -> None:
+        self.adapters, self._factors = tuple(factors), factors
+        self.groups: Any = _Fit.groups(base.proj.in_features)
+
+    @staticmethod
+    def groups(width: int) -> Any:
+        from recycler.routers.base import Group
+
+        return (Group(("proj",), width),)
+
+    def factors(self, site: str) -> dict[str, Factors]:
+        return self._factors
+
+    def progress(self, steps: int, what: str) -> Any:
+        return lambda count=1, note="": None
+
+
+def test_gates_stay_fp32_in_a_bf16_model(llama: Pico) -> None:
+    model = make(llama, "arrow").to(torch.bfloat16)
+    gates = [bank.gate for bank in model.engine.banks]
+    assert all(isinstance(gate, LinearGate) and gate.v_ND.dtype == torch.float32 for gate in gates)
+    assert all(bank.a_RD.dtype == torch.bfloat16 for bank in model.engine.banks)
+    # exactly what they were, not cast down and up again
+    fresh = make(llama, "arrow")
+    for one, other in zip(model.engine.banks, fresh.engine.banks, strict=True):
+        assert torch.equal(one.gate.v_ND, other.gate.v_ND)  # type: ignore[union-attr]
+    logits = model(torch.tensor([[5, 6, 7]])).logits
+    exact = fresh(torch.tensor([[5, 6, 7]])).logits
+    assert logits.dtype == torch.bfloat16 and (logits.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_logits_are_fp32_whatever_comes_in() -> None:
+    torch.manual_seed(0)
+    rows = [Rows(torch.randn(4, 16))]
+    x = torch.randn(1, 3, 16)
+    for normalise in (False, True):
+        gate = LinearGate(rows, normalise, False)
+        assert gate(x.bfloat16()).dtype == torch.float32
+        torch.testing.assert_close(gate(x.bfloat16()), gate(x.bfloat16().float()))
+
+
+def test_inference_mode_and_written_inputs_are_not_confused(llama: Pico) -> None:
+    """The shared shrink is reused only for the very same input, unchanged since."""
+    model = make(llama)
+    bank = next(b for b in model.engine.banks if len(b.group.sites) == 3)
+    assert isinstance(bank, Bank)
+    x = torch.randn(1, 2, 32)
+    with model.mixture({"code": 1.0}), torch.no_grad():
+        first = bank._mix(x)[0].clone()
+        x.mul_(2)
+        assert torch.allclose(bank._mix(x)[0], 2 * first)
+    ids = torch.tensor([[5, 6, 7]])
+    with model.only("code"):
+        with torch.inference_mode():
+            fast = model(ids).logits
+        assert torch.equal(fast, model(ids).logits)
+    assert all(b._x is None and b._mixed is None for b in model.engine.banks), "activations are kept alive"
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_the_whole_routed_model_compiles_without_a_break(llama: Pico, method: str) -> None:
+    zoo = recycler.Zoo(llama.zoo)
+    profile = recycler.profile(zoo, recycler.Shots.from_files(*llama.tasks), kshot=2)
+    options = {"steps": 1, "rows": 4} if method == "phatgoose" else {}
+    model = recycler.compose(zoo, recycler.build_router(method, profile, zoo=zoo, **options))
+    torch._dynamo.reset()
+    # The eager backend traces everything that a real one would, without generating code.
+    compiled = torch.compile(model.base, fullgraph=True, backend="eager")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_gradients_reach_a_mixture(llama: Pico) -> None:
+    model = make(llama)
+    w = torch.full((len(model.names),), 0.5, requires_grad=True)
+    with model.mixture(w):
+        model(torch.tensor([[5, 6, 7]])).logits.square().sum().backward()
+    assert w.grad is not None and (w.grad != 0).all()
+    assert all(p.grad is None for p in model.base.parameters())
+
+
+def test_conv1d_linears_are_sites() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+    shapes = linear_shapes(model)
+    assert shapes["transformer.h.0.attn.c_attn"] == (96, 32) and shapes["transformer.h.0.mlp.c_proj"] == (32, 128)
+    site = "transformer.h.0.attn.c_attn"
+    torch.manual_seed(0)
+    update = Factors(torch.randn(2, 32), torch.randn(96, 2))
+    engine = Attachment(model, {site: {"math": update}}, ["math"])
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), engine.control.set(forced=torch.ones(1)):
+        routed = model(ids).logits
+    engine.detach()
+    with torch.no_grad():
+        model.get_submodule(site).weight += (update.b_OR @ update.a_RD).T
+        torch.testing.assert_close(model(ids).logits, routed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_takes_a_routed_model(llama: Pico) -> None:
+    from transformers import pipeline
+
+    model = make(llama, "arrow")
+    answer = pipeline("text-generation", model=model, tokenizer=model.tokenizer)("Add 2", max_new_tokens=3, do_sample=False)
+    ids = model.generate(**model.tokenizer("Add 2", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert answer[0]["generated_text"] == model.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_accelerate_places_banks_where_their_linears_run(llama: Pico) -> None:
+    model = make(llama, device_map={"": "cpu"})
+    with model.only("math"):
+        logits = model(torch.tensor([[5, 6]])).logits
+    with make(llama).only("math") as other:
+        torch.testing.assert_close(logits, other(torch.tensor([[5, 6]])).logits)
