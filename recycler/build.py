@@ -119,6 +119,12 @@ def build_router(
     chosen = _chosen(zoo, adapters if profile is None or adapters is not None else profile.adapters)
     if profile is not None:
         profile = _matching(zoo, profile, chosen).assign(assign or {})
+        if cls.needs & {"shots", "scores"} and not any(profile.own.values()):
+            raise InputError(
+                f"By profile {profile.name}, none of {shorten(chosen)} is better than the base at any task.",
+                f"{method} learns from tasks that are an adapter's own, and there are none.",
+                "Profile the tasks they were trained for, or say which are theirs: --assign ADAPTER=TASK",
+            )
     elif assign:
         raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
     loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})

@@ -408,7 +408,7 @@ class LinearGate(Gate):
     """Scores of one group, [.., S or 1, E], from rows stacked over its sites."""
 
     v_ND: Tensor
-    offset_SE: Tensor | None
+    offset_N: Tensor | None
 
     def __init__(self, rows: Sequence[Rows], normalise: bool, absolute: bool) -> None:
         super().__init__()
@@ -418,19 +418,21 @@ class LinearGate(Gate):
         offset = None
         if any(r.offset_E is not None for r in rows):
             zero = torch.zeros(self.shape[1])
-            offset = torch.stack([zero if r.offset_E is None else r.offset_E.float() for r in rows])
-        self.register_buffer("offset_SE", offset, persistent=False)
+            offset = torch.cat([zero if r.offset_E is None else r.offset_E.float() for r in rows])
+        self.register_buffer("offset_N", offset, persistent=False)
 
     def forward(self, x_BTD: Tensor, plan: Any = None) -> Tensor:
         x_BTD = x_BTD.float()
         if self.normalise:
             x_BTD = nn.functional.layer_norm(x_BTD, x_BTD.shape[-1:])
-        if self.absolute or self.offset_SE is None:
-            scores_N = nn.functional.linear(x_BTD, self.v_ND)
-            scores_N = scores_N.abs() if self.absolute else scores_N
-            scores_SE = scores_N.unflatten(-1, self.shape)
-            return scores_SE if self.offset_SE is None else scores_SE + self.offset_SE
-        return nn.functional.linear(x_BTD, self.v_ND, self.offset_SE.flatten()).unflatten(-1, self.shape)
+        # Few operations on purpose: at one token a step, each costs as much as a small GEMM.
+        if self.absolute:
+            scores_N = nn.functional.linear(x_BTD, self.v_ND).abs()
+            if self.offset_N is not None:
+                scores_N = scores_N + self.offset_N
+        else:
+            scores_N = nn.functional.linear(x_BTD, self.v_ND, self.offset_N)
+        return scores_N.view(*x_BTD.shape[:-1], *self.shape)
 
 
 # -------------------------------------------------------------------------------------------------- discovery and configuration

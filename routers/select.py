@@ -35,14 +35,13 @@ def top_k(scores_E: Tensor, k: int | None = None, temperature: float = 1.0, reno
     if renormalise:
         w_K = _softmax(top_K)
     else:
-        w_K = torch.exp(top_K - torch.logsumexp(scores_E, -1, keepdim=True))
-        w_K = w_K.masked_fill(top_K == float("-inf"), 0.0)
-    return torch.zeros_like(scores_E).scatter(-1, index_K, w_K)
+        w_K = torch.exp(top_K - torch.logsumexp(scores_E, -1, keepdim=True)).nan_to_num(0.0)
+    return torch.zeros_like(scores_E).scatter_(-1, index_K, w_K)
 
 
 def _softmax(scores_K: Tensor) -> Tensor:
     """Softmax that gives −∞ weight zero even in a row of nothing but −∞, where softmax itself gives NaN."""
-    return scores_K.softmax(-1).masked_fill(scores_K == float("-inf"), 0.0)
+    return scores_K.softmax(-1).nan_to_num(0.0)
 
 
 def check(k: int | None, temperature: float) -> None:

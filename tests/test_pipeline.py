@@ -153,6 +153,22 @@ def test_profiles_are_found_by_name_and_by_folder(llama: Pico, tmp_path: Path) -
     assert error.value.exit_code == 2
 
 
+def test_adapters_that_help_nowhere(way: Way) -> None:
+    """Nothing to learn from is said, and not saved as a router that chooses nobody; tasks given by hand are enough."""
+    import dataclasses
+
+    nll = way.profile.nll.clone()
+    nll[0] = 0.0
+    useless = dataclasses.replace(way.profile, nll=nll)
+    with pytest.raises(InputError, match=r"none of code, law, math, poem is better than the base.*--assign") as error:
+        recycler.build_router("ridge", useless, zoo=way.zoo)
+    assert error.value.exit_code == 3
+    assert recycler.build_router("ridge", useless, zoo=way.zoo, assign={"law": "math"}).facts["profile"]["own"]["law"] == [
+        "math"
+    ]
+    assert recycler.build_router("arrow", useless, zoo=way.zoo).adapters == NAMES
+
+
 # ------------------------------------------------------------------------------------------------------- the directory
 
 
@@ -245,7 +261,9 @@ def test_force_replaces_models_only(way: Way, model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("broken", ["recycler.composition.card", "recycler.routers.base.Router.save", "shutil.copytree"])
-def test_nothing_half_written_is_left(way: Way, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_nothing_half_written_is_left(
+    way: Way, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     before = files(model)
     composed = recycler.compose(way.zoo, way.router)
 
@@ -372,7 +390,7 @@ def test_the_base_is_gone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(HubError, match=f"The base {base['id']} cannot be had.*give --base a folder") as error:
             recycler.load(model)
         assert error.value.exit_code == 5
-    with pytest.raises(InputError, match="is not a model folder|is not a base that can be used"):
+    with pytest.raises(InputError, match=r"is not a model folder|is not a base that can be used"):
         recycler.load(model, base=str(model))
 
 
@@ -422,7 +440,10 @@ def never() -> Any:
     "text, message",
     [
         ('{"prompt": "a"}\n{"prompt": 3}\n{"text": "b"}\nnope\n', r"3 rows .*:4 \(not JSON\).*:2 \(no text.*:3 \(no text"),
-        ('{"messages": []}\n{"messages": [1]}\n[]\n', r"3 rows .*:1 \(messages hold no.*:2 \(messages must.*:3 \(not an object"),
+        (
+            '{"messages": []}\n{"messages": [1]}\n[]\n',
+            r"3 rows .*:1 \(messages hold no.*:2 \(messages must.*:3 \(not an object",
+        ),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "messages hold no prompt"),
         ('{"prompt": "\\ud83d"}', "surrogate"),
         ("\n", "is empty"),
@@ -562,7 +583,7 @@ def test_intervals() -> None:
     assert result.interval("base") == (0.0, 0.0) and result.interval("ridge") == (1.0, 1.0)
     low, high = result.interval("arrow")
     assert low < 0.5 < high and 0.24 < high - low < 0.31  # 2 × 1.96 × √(0.25 / 50) = 0.277
-    assert result.interval("arrow") == (low, high) and result.interval("arrow", seed=1) != (low, high)
+    assert result.interval("arrow") == (low, high)  # the same every time
     assert result.interval("ridge", minus="base") == (1.0, 1.0) and result.interval("arrow", minus="arrow") == (0.0, 0.0)
     down, up = result.interval("base", minus="arrow")
     assert down == pytest.approx(-high) and up == pytest.approx(-low)

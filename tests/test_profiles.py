@@ -279,7 +279,7 @@ def test_where_it_is_kept(llama: Pico, tmp_path: Path, monkeypatch: pytest.Monke
     assert profile_folder(zoo, "./p16") == Path("p16") and profile_folder(zoo, tmp_path) == tmp_path
     with pytest.raises(UsageError, match=r"'My Profile' cannot name a folder of the zoo.*\./My Profile"):
         profile_folder(zoo, "My Profile")
-    with pytest.raises(InputError, match="holds no profile.*recycle profile FILE"):
+    with pytest.raises(InputError, match=r"holds no profile.*recycle profile FILE"):
         Profile.load(tmp_path)
 
 
@@ -314,7 +314,7 @@ def interrupted(llama: Pico, folder: Path) -> int:
 def test_going_on_after_an_interruption(llama: Pico, whole: Tensor, tmp_path: Path) -> None:
     kept = interrupted(llama, tmp_path / "p")
     assert 200 < kept < 300
-    with pytest.raises(InputError, match="no finished profile. The run was interrupted. Run recycle profile again"):
+    with pytest.raises(InputError, match=r"no finished profile\. The run was interrupted\. Run recycle profile again"):
         Profile.load(tmp_path / "p")
     with pytest.raises(InputError, match="no finished profile"):
         recycler.build_router("ridge", tmp_path / "p", zoo=recycler.Zoo(llama.zoo))

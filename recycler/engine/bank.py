@@ -84,13 +84,15 @@ class Bank(nn.Module):
         self._mixed: tuple[Tensor, Tensor] | None = None
         self._leader: list[Bank] = []  # a list, so that it is not taken for a child
         self._leads = False
-        self._decision: Tensor | None = None  # kept for the followers, until the last of them has it
+        self._decision: Tensor | None = None  # [B, T, 1, E], small; the followers' until the next forward
 
         index = {name: e for e, name in enumerate(adapters)}
         rows: list[Tensor] = []
         expert: list[int] = []
         slot: list[int] = []
         self.spans: list[tuple[int, int]] = []
+        self._keys = [f"b{s}_RO" for s in range(len(group.sites))]
+        self._dora: list[bool] = []
         for s, site in enumerate(group.sites):
             start, ups = len(expert), []
             for name in sorted(factors[site], key=index.__getitem__):
@@ -101,7 +103,7 @@ class Bank(nn.Module):
                 ups.append(update.b_OR)
             self.spans.append((start, len(expert)))
             self._add_site(s, site, factors[site], index, ups, linears[site])
-        dtype, device = self._b(0).dtype, self._b(0).device
+        device, dtype = placement(linears[group.sites[0]])
         self.register_buffer("a_RD", torch.cat(rows).to(device, dtype), persistent=False)
         self.register_buffer("expert_R", torch.tensor(expert, device=device), persistent=False)
         self.register_buffer("slot_R", torch.tensor(slot, device=device), persistent=False)
@@ -132,13 +134,11 @@ class Bank(nn.Module):
                 position = order.index(name)
                 ups[position] = ups[position] * c_O.to(ups[position].device)[:, None]
             scale_KO = (torch.stack(scales) - 1).to(device, dtype)
-        self.register_buffer(f"b{s}_RO", torch.cat(ups, dim=1).T.contiguous().to(device, dtype), persistent=False)
+        self.register_buffer(self._keys[s], torch.cat(ups, dim=1).T.contiguous().to(device, dtype), persistent=False)
+        self._dora.append(bool(dora))
         self.register_buffer(f"dora{s}_KO", scale_KO, persistent=False)
         dora_K = torch.tensor([index[name] for name in dora], device=device) if dora else None
         self.register_buffer(f"dora{s}_K", dora_K, persistent=False)
-
-    def _b(self, s: int) -> Tensor:
-        return getattr(self, f"b{s}_RO")
 
     def follow(self, leader: Bank | None) -> None:
         """Reuses another bank's decisions instead of a gate's; None ends that. A bank that leads must not follow."""
@@ -155,10 +155,11 @@ class Bank(nn.Module):
         h_NR, w_BTSE = self._mix(x_BTD)
         start, stop = self.spans[s]
         y_NO = y_BTO.reshape(-1, y_BTO.shape[-1])
-        out_NO = torch.addmm(y_NO, h_NR[:, start:stop], self._b(s)) if stop > start else y_NO
-        dora_K = getattr(self, f"dora{s}_K")
-        if dora_K is not None:
+        # Straight from the dictionary: attribute look-up through nn.Module is felt at one token a step.
+        out_NO = torch.addmm(y_NO, h_NR[:, start:stop], self._buffers[self._keys[s]])  # type: ignore[arg-type]
+        if self._dora[s]:
             w_BTE = w_BTSE[..., s if w_BTSE.shape[-2] > 1 else 0, :]
+            dora_K = getattr(self, f"dora{s}_K")
             scale_BTO = w_BTE[..., dora_K].to(y_BTO.dtype) @ getattr(self, f"dora{s}_KO")
             plain_BTO = y_BTO if bias_O is None else y_BTO - bias_O
             out_NO = out_NO + (scale_BTO * plain_BTO).reshape(out_NO.shape)
@@ -178,11 +179,11 @@ class Bank(nn.Module):
     def _compute(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         w_BTSE = self._weights(x_BTD)
         h_BTR = nn.functional.linear(x_BTD.to(self.a_RD.dtype), self.a_RD)
-        shared = w_BTSE.shape[-2] == 1
-        columns_R = self.expert_R if shared else self.slot_R
+        columns_R = self.expert_R if w_BTSE.shape[-2] == 1 else self.slot_R
         scale_BTR = w_BTSE.flatten(-2).index_select(-1, columns_R).to(h_BTR.dtype)
-        h_BTR = h_BTR * (scale_BTR if scale_BTR.dim() <= h_BTR.dim() else scale_BTR.reshape(-1, scale_BTR.shape[-1]))
-        return h_BTR.reshape(-1, h_BTR.shape[-1]), w_BTSE
+        if scale_BTR.dim() > h_BTR.dim():  # a model that flattens its tokens before the linear
+            scale_BTR = scale_BTR.flatten(0, -2)
+        return (h_BTR * scale_BTR).flatten(0, -2), w_BTSE
 
     def _weights(self, x_BTD: Tensor) -> Tensor:
         """[B or 1, T or 1, S or 1, E]"""
