@@ -13,6 +13,7 @@ os.environ.update(
     HF_HUB_DISABLE_XET="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",
+    OMP_NUM_THREADS="1",  # for the commands that tests start
     RECYCLE_ZOO=os.path.join(_HOME, "zoo"),
 )
 
@@ -20,6 +21,13 @@ from pathlib import Path  # noqa: E402  (the environment above is read when thes
 from typing import NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Pico matrices are too small to share; waiting for other threads costs more than the work.
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None)  # no timed assertions
+settings.load_profile("tests")
 
 
 class Pico(NamedTuple):
