@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycler.zoo.errors import HubError, InputError, UsageError
+from recycler.zoo.errors import HubError, InputError, RecycleError, SecurityError, UsageError, shorten
 
 if TYPE_CHECKING:
     import torch
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_HAD = "Check the id and the connection (gated models need HF_TOKEN), or give --base a folder that holds a copy."
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,25 @@ def load_base(
         device_map: given to transformers as is; then `device` must be None.
 
     Raises:
-        HubError: it cannot be had. InputError: it is not a language model that transformers knows.
+        HubError: it cannot be had. InputError: it is not a language model that transformers knows. SecurityError: its weights
+            are pickles. UsageError: there is no such dtype or device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"There is no dtype {dtype!r}.", "", "Use auto, float32, bfloat16 or float16.")
-    with _explained(name), _quiet():
-        config = _config(name, revision)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise UsageError(f"There is no dtype {dtype!r} to load a base in.", "", "Use auto, float32, bfloat16 or float16.")
+    if device is not None:
+        _require_device(device)
+    with _quiet(), _explained(name):
+        files = _files(name, revision)
+        if files is not None:
+            _refuse_pickles(name, files)
+        where = {"revision": revision, "local_files_only": files is None}
+        config = _config(name, where)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model: Any = auto.from_pretrained(name, dtype=dtype, device_map=device_map, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model: Any = auto.from_pretrained(name, dtype=dtype, device_map=device_map, use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     if device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if tokenizer.pad_token_id is None:
@@ -107,8 +119,8 @@ def linear_shapes(name: str, *, revision: str | None = None) -> Mapping[str, tup
 
     from recycler.engine.sites import linear_shapes as shapes
 
-    with _explained(name), _quiet():
-        config = _config(name, revision)
+    with _quiet(), _explained(name):
+        config = _config(name, {"revision": revision, "local_files_only": _files(name, revision) is None})
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             return shapes(auto.from_config(config))
@@ -128,10 +140,52 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _config(name: str, revision: str | None) -> Any:
+def _require_device(device: str) -> None:
+    """Raises UsageError unless tensors can be kept there; asked before anything is loaded."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+        usable, why = device != "meta", "It keeps no values."
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on the device
+        usable, why = False, _first_line(error)
+    if not usable:
+        count = torch.cuda.device_count()
+        here = "cpu" if not count else "cpu or cuda" + (f":0 to cuda:{count - 1}" if count > 1 else "")
+        raise UsageError(f"The device {device!r} cannot be used.", why, f"Here there is {here}.")
+
+
+def _files(name: str, revision: str | None) -> list[str] | None:
+    """The names of a base's files; None where the Hub is not to be had, and the client's cache has to do.
+
+    Raises:
+        HubError: it cannot be had.
+    """
+    if Path(name).is_dir():
+        return [path.name for path in Path(name).iterdir()]
+    from recycler.zoo import hub
+
+    try:
+        return hub.peek(name, revision=revision)
+    except HubError as error:
+        raise HubError(f"The base {name} cannot be had.", f"{error.what} {error.why}".strip(), _HAD) from error
+
+
+def _refuse_pickles(name: str, files: Iterable[str]) -> None:
+    files = sorted(files)
+    pickled = [file for file in files if file.endswith(_PICKLED)]
+    if pickled and not any(file.endswith(".safetensors") for file in files):
+        raise SecurityError(
+            f"The weights of {name} are pickled ({shorten(pickled, 3)}).",
+            "Loading a pickle can run code, so none is opened.",
+            "Use a copy in safetensors, or convert it where you trust it: model.save_pretrained(FOLDER), then --base FOLDER.",
+        )
+
+
+def _config(name: str, where: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, revision=revision)
+    return AutoConfig.from_pretrained(name, **where)
 
 
 @contextmanager
@@ -139,6 +193,8 @@ def _explained(name: str) -> Iterator[None]:
     """Turns what transformers raises about a base into one of ours."""
     try:
         yield
+    except RecycleError:
+        raise
     except OSError as error:
         if Path(name).is_dir():
             raise InputError(
@@ -149,7 +205,7 @@ def _explained(name: str) -> Iterator[None]:
         raise HubError(
             f"The base {name} cannot be had.",
             _first_line(error),
-            "Check the id and the connection (gated models need HF_TOKEN), or give --base a folder that holds a copy.",
+            _HAD,
         ) from error
     except (ValueError, KeyError) as error:
         raise InputError(
@@ -165,15 +221,18 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading chatter of transformers belongs to nobody here; its errors still come through as exceptions."""
+    """Chatter of transformers and of the Hub's client belongs to nobody here; errors still come through as exceptions."""
+    from huggingface_hub.utils import logging as client
     from transformers.utils import logging as chatter
 
-    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    level, bars, said = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), client.get_verbosity()
     chatter.set_verbosity(logging.ERROR)
+    client.set_verbosity(logging.ERROR)
     chatter.disable_progress_bar()
     try:
         yield
     finally:
         chatter.set_verbosity(level)
+        client.set_verbosity(said)
         if bars:
             chatter.enable_progress_bar()

@@ -232,7 +232,7 @@ class _Bases:
         if isinstance(self.asked, Path) or inspect.is_folder(asked):
             folder = str(Path(asked).expanduser().resolve())
             match.check_sites(name, sites, self.shapes(folder))
-            copied = f", used as a copy of {printable(declared)}" if declared else ""
+            copied = f", used as a copy of {printable(declared)}" if declared and not _same_path(declared, folder) else ""
             return _Placed(declared, folder, (f"fits the base in {printable(folder)}{copied}",))
         if match.is_hub_id(declared) and not match.same_base(asked, declared):
             raise InputError(
@@ -342,6 +342,10 @@ def _explained(run: _Run, name: str, source: Source) -> Fetched:
             f"The system refused {printable(error.filename)}." if error.filename else "",
             "Check permissions and free space.",
         ) from error
+
+
+def _same_path(declared: str, folder: str) -> bool:
+    return not match.is_hub_id(declared) and str(Path(declared).expanduser().resolve()) == folder
 
 
 def _expand(source: Source) -> list[Source]:

@@ -22,14 +22,17 @@ IGNORE = -100
 SEPARATOR = "\n\n"  # between chained examples
 
 
-def prompt_ids(base: Base, shot: Shot) -> list[int]:
+def prompt_ids(base: Base, shot: Shot, *, first: bool = True) -> list[int]:
     """Token ids of a shot's prompt; chat rows go through the base's chat template.
+
+    Args:
+        first: False inside a chain, where special tokens such as a beginning of text do not belong.
 
     Raises:
         InputError: a chat row, and the base has no chat template.
     """
     if shot.messages is None:
-        return list(base.tokenizer(shot.prompt).input_ids)
+        return list(base.tokenizer(shot.prompt, add_special_tokens=first).input_ids)
     if not base.tokenizer.chat_template:
         raise InputError(
             f"{base.id} has no chat template.",
@@ -62,7 +65,7 @@ def encode(base: Base, rows: Sequence[Sequence[Shot]]) -> Batch:
         scored: list[bool] = []
         segments: list[int] = []
         for number, shot in enumerate(chain):
-            prompt, completion = prompt_ids(base, shot), completion_ids(base, shot)
+            prompt, completion = prompt_ids(base, shot, first=number == 0), completion_ids(base, shot)
             prompt = separator + prompt if number else prompt
             ids += prompt + completion
             scored += [False] * len(prompt) + [True] * len(completion)

@@ -522,7 +522,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
                 try:
                     if target is not int or float(value) == int(value):
                         return target(value)
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, OverflowError):
                     continue
     name = " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "none") for k in kinds)
     raise UsageError(f"{key}={value!r} is not what {key} takes.", f"It takes {name}.", "")

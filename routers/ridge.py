@@ -17,6 +17,7 @@ This project's own method.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,19 @@ class RidgeConfig(TopK):
     inputs: Literal["block", "all"] = "block"
     tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, why in (
+            ("ridge", "It is what makes the equations solvable."),
+            ("sharpness", "Scores are multiplied by it."),
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)}.", why, "Use a positive, finite number.")
+        for name, least in (("chains", 0), ("chain_length", 1), ("tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name}={value}.", "It is a count.", f"Use {name}={least} or more.")
+
 
 class Ridge(LinearRouter):
     """score = T · [LN(x), 1] W, one W per distinct input: q, k and v of a layer share it."""
@@ -76,7 +90,8 @@ class Ridge(LinearRouter):
         router = cls(model.adapters, config)
         router.sums = _observe(model, singles + chains, len(model.adapters), config)
         router._solve()
-        router.report = {"rows": len(singles), "chains": len(chains)}
+        without = [name for name in model.adapters if not profile.own.get(name)]
+        router.report = {"rows": len(singles), "chains": len(chains), "without_shots": without}
         return router
 
     # -- updates

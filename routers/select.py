@@ -48,5 +48,5 @@ def check(k: int | None, temperature: float) -> None:
     """Raises UsageError unless the two make a policy."""
     if k is not None and k < 1:
         raise UsageError(f"top_k={k}.", "At least one adapter must be kept.", "Use top_k=1 or more, or top_k=none for all.")
-    if not temperature > 0:
-        raise UsageError(f"temperature={temperature}.", "It divides the scores.", "Use a positive number.")
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"temperature={temperature}.", "It divides the scores.", "Use a positive, finite number.")

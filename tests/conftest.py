@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 _HOME = tempfile.mkdtemp(prefix="recycler-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
     HF_ENDPOINT="http://127.0.0.1:9",  # a leak trap: a call that forgets its endpoint fails
     HF_HOME=os.path.join(_HOME, "hf"),

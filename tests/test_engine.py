@@ -195,6 +195,34 @@ def test_the_whole_routed_model_compiles_without_a_break(llama: Pico, method: st
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+class _Int8(torch.nn.Module):
+    """A quantised linear: int8 weight, a scale, answers in bf16."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ (self.weight.float() * self.scale).T).bfloat16()
+
+
+def test_a_quantised_linear_is_only_added_to() -> None:
+    torch.manual_seed(0)
+    base = _OneLinear(16)
+    base.proj = _Int8(base.proj)  # type: ignore[assignment]
+    kept = base.proj.weight.clone()
+    update = Factors(torch.randn(2, 16), torch.randn(16, 2))
+    x = torch.randn(1, 3, 16)
+    bare = base(x)
+    engine = Attachment(base, {"proj": {"math": update}}, ["math"], groups=_Fit.groups(16))
+    with engine.control.set(forced=torch.ones(1)):
+        routed = base(x)
+    assert routed.dtype == torch.bfloat16 and torch.equal(base.proj.weight, kept)
+    torch.testing.assert_close(routed, bare + (x @ (update.b_OR @ update.a_RD).T).bfloat16(), rtol=2e-2, atol=2e-2)
+
+
 def test_gradients_reach_a_mixture(llama: Pico) -> None:
     model = make(llama)
     w = torch.full((len(model.names),), 0.5, requires_grad=True)

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from recycler.zoo import inspect
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
-from recycler.zoo.hub_errors import explain, is_passing, pause
+from recycler.zoo.hub_errors import explain, is_busy, is_passing, pause
 from recycler.zoo.inspect import printable
 
 _ID = re.compile(
@@ -265,6 +265,35 @@ def snapshot(
     return Path(cached).parents[path.count("/")]
 
 
+def peek(repo: str, *, revision: str | None = None) -> list[str] | None:
+    """The names of the files of a repository, for whoever goes on with the client: one request, and a broken connection is
+    known at once, where the client would try for half a minute.
+
+    Returns:
+        None where the Hub is not to be had but a config is in the client's cache, so that the cache can be used.
+
+    Raises:
+        HubError: neither is to be had; it says why.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        info = _patiently(
+            Source(repo, None, repo, revision),
+            lambda: HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S / 3),
+            is_busy,
+        )
+    except HubError:
+        try:
+            held = try_to_load_from_cache(repo, "config.json", revision=revision)
+        except ValueError:  # it is no valid name, which the first error says
+            held = None
+        if isinstance(held, str):
+            return None
+        raise
+    return [file.rfilename for file in info.siblings or []]
+
+
 def _list(source: Source, token: str | bool | None, endpoint: str | None) -> tuple[str, str, list[FileFact]]:
     """(current name, 40-hex commit, every file) of a repository."""
     from huggingface_hub import HfApi
@@ -332,7 +361,7 @@ def _fetch_file(
     )
 
 
-def _patiently(source: Source, call: Callable[[], T]) -> T:
+def _patiently(source: Source, call: Callable[[], T], passing: Callable[[BaseException], bool] = is_passing) -> T:
     """Run `call`, again after a pause where the Hub was busy or the connection broke; explain the rest."""
     for attempt in range(_TRIES):
         try:
@@ -341,7 +370,7 @@ def _patiently(source: Source, call: Callable[[], T]) -> T:
             failure = explain(source.repo, source.revision, error)
             if failure is None:
                 raise
-            if attempt == _TRIES - 1 or not is_passing(error):
+            if attempt == _TRIES - 1 or not passing(error):
                 raise failure from error
             time.sleep(pause(error, attempt))
     raise AssertionError("unreachable")

@@ -109,10 +109,13 @@ def is_passing(error: BaseException) -> bool:
     """Whether another try may succeed: rate limits, server errors, broken connections."""
     if any(isinstance(e, FileNotFoundError) for e in _chain(error)):
         return False  # LocalEntryNotFoundError: the client spent its own retries before it gave up
+    return is_busy(error) or _transport(error)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether the Hub answered, and asks for patience."""
     answer = _response(error)
-    if answer is not None:
-        return bool(answer.status_code == 429 or answer.status_code >= 500)
-    return _transport(error)
+    return answer is not None and bool(answer.status_code == 429 or answer.status_code >= 500)
 
 
 def pause(error: BaseException, attempt: int) -> float:

@@ -17,6 +17,7 @@ from recycler.zoo.inspect import CONFIG, WEIGHTS, printable
 SCHEMA_VERSION = 1
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _MAX_NAME = 96
+_BASE = "base"  # the row of every table that uses no adapter
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 
 
@@ -70,8 +71,14 @@ def check_name(name: str, given: str | None = None) -> str:
     """`name`, if it can name an adapter on every system.
 
     Raises:
-        UsageError: it is no slug, ends in a dot, is too long, or is reserved on Windows.
+        UsageError: it is no slug, ends in a dot, is too long, is reserved on Windows, or means the base.
     """
+    if name == _BASE:
+        raise UsageError(
+            f"{printable(given or name)!r} cannot name an adapter.",
+            "In every table, `base` is the base itself, without adapters.",
+            "Choose another with --as.",
+        )
     usable = _SLUG.fullmatch(name) and len(name) <= _MAX_NAME and not name.endswith(".")
     if not usable or name.split(".")[0] in _RESERVED:
         raise UsageError(

@@ -156,7 +156,12 @@ class Bank(nn.Module):
         start, stop = self.spans[s]
         y_NO = y_BTO.reshape(-1, y_BTO.shape[-1])
         # Straight from the dictionary: attribute look-up through nn.Module is felt at one token a step.
-        out_NO = torch.addmm(y_NO, h_NR[:, start:stop], self._buffers[self._keys[s]])  # type: ignore[arg-type]
+        b_RO = self._buffers[self._keys[s]]
+        assert b_RO is not None
+        if b_RO.dtype == y_NO.dtype:
+            out_NO = torch.addmm(y_NO, h_NR[:, start:stop], b_RO)
+        else:  # a quantised linear may answer in another dtype than the adapters are kept in
+            out_NO = y_NO + (h_NR[:, start:stop] @ b_RO).to(y_NO.dtype)
         if self._dora[s]:
             w_BTE = w_BTSE[..., s if w_BTSE.shape[-2] > 1 else 0, :]
             dora_K = getattr(self, f"dora{s}_K")
