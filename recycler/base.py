@@ -152,7 +152,7 @@ def _require_device(device: str) -> None:
     if not usable:
         count = torch.cuda.device_count()
         here = "cpu" if not count else "cpu or cuda" + (f":0 to cuda:{count - 1}" if count > 1 else "")
-        raise UsageError(f"The device {device!r} cannot be used.", why, f"Here there is {here}.")
+        raise UsageError(f"The device {device!r} cannot be used.", why, f"Use {here}, or leave --device out.")
 
 
 def _files(name: str, revision: str | None) -> list[str] | None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from recycler.base import Base, fingerprint, load_base
-from recycler.profiles import Profile, measure
+from recycler.profiles import Profile, measure, only_writer
+from recycler.profiles import check_output as check_profile_output
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router, find, make_config
+from recycler.routers.base import check_output as check_router_output
 from recycler.scoring import Fitting, Progress, silent
 from recycler.shots import Shots
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, UsageError, choices, shorten
 from recycler.zoo.manifest import check_name
 from recycler.zoo.match import place, require_one_base
-from recycler.zoo.store import Zoo
+from recycler.zoo.store import Zoo, require_writable
 
 
 def profile(
@@ -33,6 +36,7 @@ def profile(
     adapters: Iterable[str] | None = None,
     assign: Mapping[str, str | Iterable[str]] | None = None,
     generate: bool = False,
+    force: bool = False,
     progress: Progress = silent,
     **loading: Any,
 ) -> Profile:
@@ -41,15 +45,17 @@ def profile(
     Args:
         shots: all rows; `kshot` of each task are taken, by `seed`, the same every time.
         out: a name inside the zoo, or a folder (anything with a path separator). An interrupted run with the same
-            arguments goes on where it stopped. None keeps the result in memory only.
+            arguments goes on where it stopped, and a finished one is returned as it is. None keeps the result in memory only.
         base: an id or a folder, or a loaded base; by default what the zoo's adapters declare.
         adapters: which of the zoo; all by default.
         assign: adapter → own tasks, by hand.
         generate: also score exact match by generation.
+        force: measure again, and replace a finished profile in `out`.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
-        UsageError, InputError, HubError: each says what to do.
+        UsageError, InputError, HubError: each says what to do. UsageError also where `out` holds a profile of another
+            measurement, or another run is writing there.
     """
     zoo = Zoo() if zoo is None else zoo
     if not shots:
@@ -57,24 +63,45 @@ def profile(
     sample = shots.sample(kshot, seed)
     chosen = _chosen(zoo, adapters)
     where = None if out is None else profile_folder(zoo, out)
+    if where is not None:
+        check_profile_output(where)
     loaded = _loaded(zoo, chosen, base, loading)
     model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
     facts = _base_facts(zoo, chosen, loaded)
     hashes = {adapter.name: adapter.sha256 for adapter in model.adapters}
     name = where.name if where is not None else "profile"
-    empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed, name)
+    inputs = f"{facts} {hashes} {loaded.model.dtype}"
+    key = sha256(f"{model.names} {sample.sha256} {seed} {inputs} {generate}".encode()).hexdigest()
+    empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed, name, where, key)
     given = empty.assign(assign or {}).assigned  # names are checked before the long work
     journal = None if where is None else where / "journal.jsonl"
-    try:
-        nll, exact = measure(model, sample, generate=generate, journal=journal, progress=progress,
-                             key=f"{facts} {hashes} {loaded.model.dtype}")  # fmt: skip
-    finally:
-        model.engine.detach()
-    result = replace(empty, nll=nll, exact=exact, assigned=given, folder=where)
-    if where is not None and journal is not None:
-        result.save(where)
-        journal.unlink(missing_ok=True)
+    with only_writer(where):
+        if where is not None and not force and (where / "profile.json").exists():
+            return _measured(where, key, given)
+        try:
+            nll, exact = measure(model, sample, generate=generate, journal=journal, progress=progress, key=inputs)
+        finally:
+            model.engine.detach()
+        result = replace(empty, nll=nll, exact=exact, assigned=given)
+        if where is not None and journal is not None:
+            result.save(where)
+            journal.unlink(missing_ok=True)
     return result
+
+
+def _measured(folder: Path, key: str, assigned: Mapping[str, tuple[str, ...]]) -> Profile:
+    """The profile that is there, if it has the same key. Tasks assigned by hand are no measurement, and are recorded."""
+    held = Profile.load(folder)
+    if held.key != key:
+        raise UsageError(
+            f"{folder} holds a profile of another measurement.",
+            "Its shots, seed, adapters, base, dtype or --generate differ, and nothing is overwritten unless asked.",
+            "Choose another --out, or add --force.",
+        )
+    if assigned and assigned != held.assigned:
+        held = replace(held, assigned=assigned)
+        held.save(folder)
+    return held
 
 
 def build_router(
@@ -86,6 +113,7 @@ def build_router(
     adapters: Iterable[str] | None = None,
     out: str | Path | None = None,
     assign: Mapping[str, str | Iterable[str]] | None = None,
+    force: bool = False,
     progress: Progress = silent,
     loading: dict[str, Any] | None = None,
     **config: Any,
@@ -97,8 +125,9 @@ def build_router(
         profile: a Profile, or its name in the zoo, or its folder. Methods that need no shots work without.
         base: as in `profile`.
         adapters: which of the zoo; by default the profile's, or all.
-        out: a folder to save it in.
+        out: a folder to save it in; new or empty, unless `force`.
         assign: adapter → own tasks, by hand.
+        force: replace a router that is in `out`.
         config: the method's own options; unknown ones are rejected with the choices.
 
     Raises:
@@ -107,6 +136,9 @@ def build_router(
     zoo = Zoo() if zoo is None else zoo
     cls = find(method)
     settings = make_config(cls, config)
+    if out is not None:
+        check_router_output(Path(out), force)
+        require_writable(Path(out))
     if isinstance(profile, (str, Path)):
         profile = Profile.load(profile_folder(zoo, profile))
     if profile is None and cls.needs & {"shots", "scores"}:
@@ -128,6 +160,8 @@ def build_router(
     elif assign:
         raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
     loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})
+    if profile is not None:
+        _same_base(profile, loaded)
     model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
     started = time.perf_counter()
     try:
@@ -142,7 +176,7 @@ def build_router(
         "versions": {name: version(name) for name in ("recycler", "torch", "transformers")},
     }
     if out is not None:
-        router.save(Path(out))
+        router.save(Path(out), force=force)
     return router
 
 
@@ -255,6 +289,16 @@ def _matching(zoo: Zoo, profile: Profile, chosen: Sequence[str]) -> Profile:
             "Run recycle profile again.",
         )
     return profile.restricted(chosen)
+
+
+def _same_base(profile: Profile, loaded: Base) -> None:
+    known, here = profile.base.get("fingerprint"), fingerprint(loaded.model)
+    if known and known != here:
+        raise InputError(
+            f"{loaded.id} is not the base that profile {profile.name} was measured on.",
+            f"Its fingerprint is {here}; that of {profile.base.get('id')} was {known}.",
+            "Give that base with --base, or run recycle profile again on this one.",
+        )
 
 
 def _blank(rows: int, shots: Shots) -> Any:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from recycler.zoo.store import Zoo
 
 
+_INTERRUPTED = {
+    "profile": "interrupted; the same command goes on where it stopped",
+    "fetch": "interrupted; the adapters that were done are in the zoo, and the same command goes on with the others",
+}
+
+
 class Group(click.Group):
     """Turns the library's errors into a message and an exit code, in one place; and keeps commands in the order of the work."""
 
@@ -34,6 +40,19 @@ class Group(click.Group):
 
             complain(error)
             ctx.exit(error.exit_code)
+        except Exception as error:
+            refused = _of_the_system(error)
+            if refused is None:
+                raise
+            from recycler.terminal import complain
+
+            complain(refused)
+            ctx.exit(refused.exit_code)
+        except KeyboardInterrupt:
+            from recycler.terminal import say
+
+            say(_INTERRUPTED.get(ctx.invoked_subcommand or "", "interrupted; nothing unfinished was kept"))
+            ctx.exit(130)
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +95,9 @@ def main() -> None:
 @click.option("--as", "names", multiple=True, metavar="NAME", help="A name for each source, in order.")
 @with_base
 @click.option("--dry-run", is_flag=True, help="Say what would come, and keep nothing.")
+@click.option(
+    "--max-size", type=click.IntRange(min=1), metavar="MB", help="The most that one adapter may hold; by default 2147."
+)
 @in_zoo
 @as_json
 def fetch(
@@ -83,6 +105,7 @@ def fetch(
     names: tuple[str, ...],
     base: str | None,
     dry_run: bool,
+    max_size: int | None,
     zoo_path: str | None,
     as_json: bool,
 ) -> None:
@@ -101,10 +124,11 @@ def fetch(
     from recycler.terminal import say
 
     def event(stage: str, name: str, text: str) -> None:
-        if stage != "start" and not as_json:
+        if stage in ("kept", "checked") and not as_json:  # what failed is said at the end
             say(text)
 
-    report = run(list(sources), base, _zoo(zoo_path), names=list(names) or None, dry_run=dry_run, on_event=event)
+    limit: dict[str, Any] = {} if max_size is None else {"max_bytes": max_size * 10**6}
+    report = run(list(sources), base, _zoo(zoo_path), names=list(names) or None, dry_run=dry_run, on_event=event, **limit)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -225,18 +249,19 @@ def zoo_path_command(name: str | None, zoo_path: str | None) -> None:
 @click.option("--adapters", help="Comma-separated names; by default the whole zoo.")
 @click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Say by hand which task is an adapter's own.")
 @click.option("--generate", is_flag=True, help="Also score exact match by generation.")
+@click.option("--force", is_flag=True, help="Measure again, and replace a finished profile.")
 @with_base
 @on_device
 @in_zoo
 @as_json
 def profile(
     files: tuple[str, ...], kshot: int, seed: int, out: str, datasets: tuple[str, ...], adapters: str | None, assign: tuple[str, ...],
-    generate: bool, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
+    generate: bool, force: bool, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Score the base and every adapter on K shots of every task.
 
     FILES are JSONL, one task each, named by the file's stem; a row is {"prompt", "completion"} or {"messages": [...]}. An
-    interrupted run goes on where it stopped.
+    interrupted run goes on where it stopped, and a finished one is not measured again.
 
     \b
     Examples:
@@ -252,10 +277,16 @@ def profile(
     shots = Shots.from_files(*files) if files else Shots({})
     for name in datasets:
         shots = Shots({**shots, **Shots.from_dataset(name)})
+    stages: list[str] = []
     with bars() as progress:
+
+        def noted(steps: int, what: str) -> Callable[..., None]:
+            stages.append(what)
+            return progress(steps, what)
+
         result = run(
             _zoo(zoo_path), shots, kshot, seed=seed, out=out, base=base, adapters=_names(adapters), assign=_pairs(assign),
-            generate=generate, progress=progress, device=device, dtype=dtype,
+            generate=generate, force=force, progress=noted, device=device, dtype=dtype,
         )  # fmt: skip
     if as_json:
         _print_json(result.to_json())
@@ -263,7 +294,7 @@ def profile(
         from recycler.terminal import profile_table
 
         profile_table(result)
-    say(f"kept as {result.folder}")
+    say(f"kept as {result.folder}" if stages else f"measured before, kept as {result.folder}; --force measures again")
 
 
 @main.command()
@@ -317,13 +348,14 @@ def routers(as_json: bool) -> None:
 )
 @click.option("--adapters", help="Comma-separated names; by default the profile's, or the whole zoo.")
 @click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Say by hand which task is an adapter's own.")
+@click.option("--force", is_flag=True, help="Replace a router that is there.")
 @with_base
 @on_device
 @in_zoo
 @as_json
 def build_router(
     method: str, profile_name: str | None, options: tuple[str, ...], out: str | None, adapters: str | None, assign: tuple[str, ...],
-    base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
+    force: bool, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a light router; base and adapters stay frozen.
 
@@ -334,18 +366,20 @@ def build_router(
       recycle build-router phatgoose --profile p16 -o steps=100 -o top_k=1
     """
     from recycler.build import build_router as run
+    from recycler.routers.base import find, make_config
     from recycler.terminal import bars, say
 
     zoo = _zoo(zoo_path)
     folder = Path(out) if out else zoo.routers_dir / "-".join([method, *([Path(profile_name).name] if profile_name else [])])
     given = {key: values[-1] for key, values in _pairs(options, "-o", "KEY=VALUE").items()}
-    reserved = {"profile", "zoo", "base", "adapters", "out", "assign", "progress", "loading", "method"} & set(given)
-    if reserved:
-        raise UsageError(f"{', '.join(reserved)} is not an option of a method.", "", f"Use --{sorted(reserved)[0]}.")
+    flags = sorted({"profile", "zoo", "base", "adapters", "out", "assign", "force", "device", "dtype"} & set(given))
+    if flags:
+        raise UsageError(f"{', '.join(flags)} is not an option of a method.", "", f"Use --{flags[0]}.")
+    make_config(find(method), given)  # before `run` takes a key such as `progress` for a keyword of its own
     with bars() as progress:
         router = run(
-            method, profile_name, zoo=zoo, base=base, adapters=_names(adapters), out=folder, assign=_pairs(assign), progress=progress,
-            loading={"device": device, "dtype": dtype}, **given,
+            method, profile_name, zoo=zoo, base=base, adapters=_names(adapters), out=folder, assign=_pairs(assign), force=force,
+            progress=progress, loading={"device": device, "dtype": dtype}, **given,
         )  # fmt: skip
     if as_json:
         _print_json({"schema_version": 1, "router": str(folder), "method": method, "adapters": list(router.adapters),
@@ -388,7 +422,7 @@ def compose(router_name: str, out: str, force: bool, base: str | None, zoo_path:
     type=click.Path(),
     help='JSONL; each row as it came, plus "generated". By default stdout.',
 )
-@click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.")
+@click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; may be repeated: then JSONL comes out.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--only", "only_adapter", metavar="ADAPTER", help="Use this adapter alone; `base` for none.")
@@ -400,6 +434,8 @@ def run(
     only_adapter: str | None, force: bool, base: str | None, device: str | None, dtype: str,
 ) -> None:  # fmt: skip
     """Answer prompts with a composed model, greedily.
+
+    One -p prints its answer and nothing else. Several print JSONL, {"prompt", "generated"} each, in their order.
 
     \b
     Examples:
@@ -436,7 +472,9 @@ def run(
                                 progress=progress, **settings)  # fmt: skip
             text = "" if output_file else "".join(lines)
         else:
-            text = "\n".join(answer_prompts(loaded(), prompts, progress=progress, **settings)) + "\n"
+            answers = answer_prompts(loaded(), prompts, progress=progress, **settings)
+            rows = [{"prompt": prompt, "generated": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+            text = answers[0] + "\n" if len(rows) == 1 else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     click.echo(text, nl=False)
 
 
@@ -448,7 +486,7 @@ def run(
     "others",
     multiple=True,
     metavar="DIR",
-    help="Another router over the same adapters; may be repeated.",
+    help="Another router over the same adapters, a folder or a name in the zoo; may be repeated.",
 )
 @click.option("--rows", type=click.IntRange(min=1), help="At most this many rows of each task, from the top.")
 @click.option(
@@ -458,13 +496,16 @@ def run(
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Which adapter is a task's own, for the oracle.")
-@click.option("--answers", type=click.Path(), help="A folder for everybody's answers, as JSONL.")
+@click.option("--answers", type=click.Path(), help="A folder for everybody's answers, as JSONL; new or empty.")
+@click.option("--force", is_flag=True, help="Write answers into a folder that is not empty.")
 @with_base
 @on_device
+@in_zoo
 @as_json
 def evaluate(
     model_path: str, files: tuple[str, ...], others: tuple[str, ...], rows: int | None, max_new_tokens: int | None, batch_size: int,
-    assign: tuple[str, ...], answers: str | None, base: str | None, device: str | None, dtype: str, as_json: bool,
+    assign: tuple[str, ...], answers: str | None, force: bool, base: str | None, device: str | None, dtype: str,
+    zoo_path: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Set a model beside base, best single adapter, uniform average and oracle.
 
@@ -474,18 +515,21 @@ def evaluate(
     Example:
       recycle eval model/ tasks/*.jsonl --router other-gates/
     """
+    from recycler.build import router_folder
     from recycler.composition import load
     from recycler.evaluation import evaluate as run
     from recycler.routers.base import Router
+    from recycler.run import check_answers, write_answers
     from recycler.shots import Shots
     from recycler.terminal import bars, evaluation_table, say
 
-    if answers and Path(answers).is_file():
-        raise UsageError(f"{answers} is a file.", "", "Give --answers a folder.")
+    if answers:
+        check_answers(Path(answers), force)
     shots = Shots.from_files(*files)
     if rows:
         shots = Shots({task: some[:rows] for task, some in shots.items()})
-    routers = {_label(path): Router.load(path) for path in others}
+    folders = [router_folder(_zoo(zoo_path), name).resolve() for name in others]
+    routers = {folder.name: Router.load(folder) for folder in folders}
     model = load(model_path, base=base, device=device, dtype=dtype)
     for warning in model.warnings:
         say(f"warning: {warning}")
@@ -505,9 +549,7 @@ def evaluate(
             progress=progress,
         )
     if answers:
-        from recycler.run import write_answers
-
-        write_answers(result, shots, Path(answers))
+        write_answers(result, shots, Path(answers), force=force)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -535,16 +577,23 @@ def _pairs(items: tuple[str, ...], flag: str = "--assign", form: str = "ADAPTER=
     return pairs
 
 
-def _label(path: str) -> str:
-    return Path(path).resolve().name
-
-
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
     return "–" if value is None else str(value)
+
+
+def _of_the_system(error: Exception) -> RecycleError | None:
+    """A full disk, or a file that may not be read or written, as an error of ours; None for anything else."""
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # that one is click's business
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    elif type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # its own, also for a full disk
+        what = str(error)
+    else:
+        return None
+    return RecycleError(f"{what}.", "The system refused it.", "Check permissions and free space.")
 
 
 def _print_json(data: Any) -> None:

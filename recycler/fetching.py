@@ -122,8 +122,8 @@ class FetchReport:
         kind = PartialError
         if not self.fetched and len(kinds) == 1:
             (kind,) = kinds  # type: ignore[assignment]
-        listing = "; ".join(f"{printable(f.source)}: {f.error}" for f in self.failures[:20])
-        more = f"; and {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
+        listing = "\n".join(f"{printable(f.source)}: {f.error}" for f in self.failures[:20])
+        more = f"\nand {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
         raise kind(
             f"{len(self.failures)} of {total} adapters were not fetched.",
             listing + more,

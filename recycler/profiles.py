@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from recycler.routed import RoutedModel
 
 SCHEMA_VERSION = 1
+_LOCK = ".lock"
 BASE = "base"  # the first row of every score: no adapter
 
 
@@ -43,6 +45,7 @@ class Profile:
         assigned: adapter → tasks given by hand.
         seed: of the sample of shots.
         name, folder: where it is kept.
+        key: sha256 of everything the scores depend on; the same key means that the same was measured.
     """
 
     adapters: tuple[str, ...]
@@ -55,6 +58,7 @@ class Profile:
     seed: int = 0
     name: str = "profile"
     folder: Path | None = None
+    key: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -102,6 +106,7 @@ class Profile:
             "base": dict(self.base),
             "kshot": self.nll.shape[-1],
             "seed": self.seed,
+            "key": self.key,
             "tasks": list(self.tasks),
             "adapters": dict(self.hashes) if self.hashes else dict.fromkeys(self.adapters, ""),
             "assigned": {k: list(v) for k, v in self.assigned.items()},
@@ -149,6 +154,7 @@ class Profile:
             exact=None if self.exact is None else self.exact[rows],
             hashes={name: self.hashes[name] for name in names if name in self.hashes},
             assigned={name: tasks for name, tasks in self.assigned.items() if name in names},
+            key="",
         )
 
     # -- on disk
@@ -158,6 +164,7 @@ class Profile:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.json").unlink(missing_ok=True)  # of an earlier one: never beside other scores
         rows = [{"task": task, **shot.to_json()} for task, shots in self.shots.items() for shot in shots]
         _write(folder / "shots.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         scores = {"nll": self.nll} if self.exact is None else {"nll": self.nll, "exact": self.exact}
@@ -212,11 +219,49 @@ class Profile:
                 seed=data["seed"],
                 name=data["name"],
                 folder=folder,
+                key=data.get("key", ""),
             )
         except RecycleError:
             raise
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             raise InputError(f"The profile in {folder} cannot be read ({error}).", "", "Make it again.") from None
+
+
+def check_output(folder: Path) -> None:
+    """Raises UsageError when `folder` is in use for something else than a profile."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held - {_LOCK} and not held & {"profile.json", "journal.jsonl"}):
+        raise UsageError(f"{folder} holds something else than a profile.", "Nothing is overwritten.", "Choose another --out.")
+
+
+@contextmanager
+def only_writer(folder: Path | None) -> Iterator[None]:
+    """Keeps a second run out of a profile's folder; None keeps nobody out.
+
+    Raises:
+        UsageError: another run is writing there now.
+    """
+    if folder is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"Another run is writing the profile in {folder}.",
+            "Two at once would mix their scores.",
+            "Wait for it to end, or choose another --out.",
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / _LOCK).unlink()
+        lock.release()
 
 
 def own_tasks(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recycler.scoring import Progress, answer, silent
 from recycler.shots import NO_TEXT, Shot, is_text, read_rows
 from recycler.zoo.errors import InputError, UsageError, shorten
+from recycler.zoo.store import require_writable
 
 if TYPE_CHECKING:
     from recycler.evaluation import Evaluation
@@ -66,6 +67,8 @@ def answer_file(
             "",
             'Each line is {"prompt": "..."} or {"messages": [...]}.',
         )
+    if target is not None:
+        require_writable(target.parent)
     texts = _answers(load(), prompts, max_new_tokens, batch_size, only, progress)
     rows = [{**row, "generated": text} for (_, row), text in zip(numbered, texts, strict=True)]
     lines = [_line(row) for row in rows]
@@ -97,8 +100,26 @@ def answer_prompts(
     return _answers(model, shots, max_new_tokens, batch_size, only, progress)
 
 
-def write_answers(result: Evaluation, shots: Shots, folder: Path) -> None:
-    """Everybody's answers: ``<contender>/<task>.jsonl``, each row with its reference and what was generated."""
+def check_answers(folder: Path, force: bool) -> None:
+    """Raises UsageError when `folder` is in use and may not be written to."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file.", "", "Give --answers a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise UsageError(
+            f"{folder} is not empty.",
+            "Nothing is overwritten unless asked.",
+            "Choose another --answers, or add --force.",
+        )
+    require_writable(folder)
+
+
+def write_answers(result: Evaluation, shots: Shots, folder: Path, *, force: bool = False) -> None:
+    """Everybody's answers: ``<contender>/<task>.jsonl``, each row with its reference and what was generated.
+
+    Raises:
+        UsageError: the folder is not empty, and not `force`.
+    """
+    check_answers(folder, force)
     for contender, tasks in result.generated.items():
         for task, texts in tasks.items():
             rows = [{**shot.to_json(), "generated": text} for shot, text in zip(shots[task], texts, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,26 +28,25 @@ def silent(steps: int, what: str) -> Callable[..., None]:
 def nll(model: RoutedModel, batch: Batch, weights: Weights | None) -> Tensor:
     """Negative log-likelihood per label [B, T], fp32, 0 where nothing is scored.
 
-    Only the logits from the first scored position on are computed: the vocabulary is the widest matrix of a small model.
+    Only the logits of scored positions are computed: the vocabulary is the widest matrix of a small model, and prompts are most
+    of the tokens.
 
     Args:
         weights: a mixture as `RoutedModel.mixture` takes it; None leaves it to the router.
     """
-    scored_T = (batch.labels_BT != text.IGNORE).any(0)
-    keep = int(scored_T.numel() - scored_T.int().argmax())
-    inputs: dict[str, Any] = dict(batch.inputs, use_cache=False)
-    if not model.source.encoder_decoder:
-        inputs["logits_to_keep"] = keep
-    if weights is None:
-        logits_BTV = model(**inputs).logits
-    else:
-        with model.mixture(weights):
-            logits_BTV = model(**inputs).logits
-    labels_BT = batch.labels_BT[:, -logits_BTV.shape[1] :]
-    scored_BT = labels_BT != text.IGNORE
-    loss_N = torch.nn.functional.cross_entropy(logits_BTV[scored_BT].float(), labels_BT[scored_BT], reduction="none")
-    loss_BT = loss_N.new_zeros(labels_BT.shape).masked_scatter(scored_BT, loss_N)
-    return torch.nn.functional.pad(loss_BT, (batch.labels_BT.shape[1] - loss_BT.shape[1], 0))
+    scored_BT = batch.labels_BT != text.IGNORE
+
+    def scored_only(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][scored_BT], *args[1:])
+
+    handle = model.base.get_output_embeddings().register_forward_pre_hook(scored_only)
+    try:
+        with nullcontext() if weights is None else model.mixture(weights):
+            logits_NV = model(**batch.inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    loss_N = torch.nn.functional.cross_entropy(logits_NV.float(), batch.labels_BT[scored_BT], reduction="none")
+    return loss_N.new_zeros(scored_BT.shape).masked_scatter(scored_BT, loss_N)
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ def complain(error: RecycleError) -> None:
     label = click.style("error:", fg="red", bold=True)  # click drops the colour where stderr is no terminal
     click.echo(f"{label} {_CONTROL.sub('', error.what)}", err=True)
     for part in (error.why, error.fix):
-        if part:
-            say(f"  {part}")
+        for line in part.splitlines():
+            say(f"  {line}")
 
 
 @contextmanager

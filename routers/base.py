@@ -250,21 +250,16 @@ class Router(nn.Module, ABC):
         """Scores → weights over the last axis, by the policy of the config."""
         return select.top_k(scores_E, self.config.top_k, self.config.temperature, self.config.renormalise)
 
-    def save(self, folder: str | Path, *, statistics: bool = True) -> Path:
+    def save(self, folder: str | Path, *, statistics: bool = True, force: bool = False) -> Path:
         """Writes router.safetensors, statistics.safetensors where there are any and they are asked for, and router.json last.
 
         Raises:
-            UsageError: the folder holds something else than a router.
+            UsageError: the folder holds a router, and not `force`; or something else than a router.
         """
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "router.json").exists()):
-            raise UsageError(
-                f"{folder} holds something else than a router.",
-                "Nothing is overwritten.",
-                "Choose another --out.",
-            )
+        check_output(folder, force)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "router.json").unlink(missing_ok=True)
         (folder / "statistics.safetensors").unlink(missing_ok=True)
@@ -328,6 +323,19 @@ class Router(nn.Module, ABC):
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise InputError(f"The tensors in {folder} cannot be read ({error}).", "", "Build the router again.") from None
         return router
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Raises UsageError when `folder` is in use and may not be replaced."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held and "router.json" not in held):
+        raise UsageError(f"{folder} holds something else than a router.", "Nothing is overwritten.", "Choose another --out.")
+    if held and not force:
+        raise UsageError(
+            f"{folder} holds a router already.",
+            "Nothing is overwritten unless asked.",
+            "Choose another --out, or add --force.",
+        )
 
 
 class _PerSite(Gate):

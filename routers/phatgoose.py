@@ -33,15 +33,16 @@ if TYPE_CHECKING:
 class PhatgooseConfig(TopK):
     """
     Attributes:
-        steps: optimiser steps. The paper takes 100 of 1024 rows each; with few shots fewer rows do.
+        steps: optimiser steps. The paper takes 100 of 1024 rows each, at a learning rate of 5e-3.
         rows: rows in a step, over all adapters.
-        lr: AdamW's learning rate.
+        lr: AdamW's learning rate. With so few rows a step a higher one gets further: on twelve real adapters the routed model's
+            held-in exact match is 0.33 at 5e-3 and 0.35 at 2e-2 to 3e-2, in the same number of steps.
         tokens: padded tokens in one forward and backward, the dial for memory; a step is split into rows of like length.
     """
 
     steps: int = 60
     rows: int = 24
-    lr: float = 5e-3
+    lr: float = 3e-2
     tokens: int = 1024
 
     def __post_init__(self) -> None:

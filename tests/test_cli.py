@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,20 +139,46 @@ def test_run_a_prompt(way: Way) -> None:
     )
 
 
+def test_run_several_prompts(way: Way) -> None:
+    """Answers may have several lines: with more than one, each says whose it is."""
+    prompts = ["Add 1 and b.", "O the\nlong poem!"]
+    answers = answer_prompts(recycler.load(way.model), prompts, max_new_tokens=3)
+    said = ok("run", way.model, "-p", prompts[0], "-p", prompts[1], "--max-new-tokens", 3).stdout
+    assert [json.loads(line) for line in said.rstrip("\n").split("\n")] == [
+        {"prompt": prompt, "generated": answer} for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def test_profile_again(way: Way, tmp_path: Path) -> None:
+    zoo = Path(shutil.copytree(way.zoo, tmp_path / "zoo"))
+    again = ["profile", *way.pico.tasks, "--out", "p2", "--kshot"]
+    result = ok(*again, 2, zoo=zoo)
+    assert result.stdout == way.said["profile"].stdout
+    assert "measured before" in result.stderr and "scoring" not in result.stderr
+    refused = recycle(*again, 1, zoo=zoo)
+    assert refused.exit_code == 2 and "another measurement" in refused.stderr and refused.stdout == ""
+    assert "scoring: 20/20" in ok(*again, 1, "--force", zoo=zoo).stderr
+
+
 def test_eval(way: Way, tmp_path: Path) -> None:
-    ok("build-router", "arrow", zoo=way.zoo)
+    ok("build-router", "arrow", "--out", tmp_path / "arrow", zoo=way.zoo)
+    ok("build-router", "uniform", "--out", way.zoo / "routers" / "even", zoo=way.zoo)
     result = ok(
-        "eval", way.model, way.pico.tasks[0], way.pico.tasks[1], "--rows", 1, "--router", way.zoo / "routers" / "arrow",
-        "--assign", "law=math", "--answers", tmp_path / "answers",
+        "eval", way.model, way.pico.tasks[0], way.pico.tasks[1], "--rows", 1, "--router", tmp_path / "arrow", "--router", "even",
+        "--zoo", way.zoo, "--assign", "law=math", "--answers", tmp_path / "answers",
     )  # fmt: skip
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    assert lines[0] == ["task", "rows", "base", "best single", "uniform", "oracle", "ridge", "arrow"]
+    assert lines[0] == ["task", "rows", "base", "best single", "uniform", "oracle", "ridge", "arrow", "even"]
     assert [line[0] for line in lines[1:6]] == ["math", "law", "mean exact match", "95 % interval", "mean NLL"]
     assert "Don't bother" in lines[-1][0] and "best single:" in result.stderr
     answers = [
         json.loads(line) for line in (tmp_path / "answers" / "best_single" / "math.jsonl").read_text("utf8").splitlines()
     ]
     assert [set(row) for row in answers] == [{"prompt", "completion", "generated"}]
+    again = ["eval", way.model, way.pico.tasks[0], "--rows", 1, "--answers", tmp_path / "answers"]
+    refused = recycle(*again)
+    assert refused.exit_code == 2 and "is not empty" in refused.stderr and "--force" in refused.stderr
+    ok(*again, "--force")
     data = json.loads(ok("eval", way.model, way.pico.tasks[0], "--rows", 1, "--assign", "law=math", "--json").stdout)
     assert data["schema_version"] == 1 and data["chosen"]["oracle"]["math"] == {"adapter": "law", "how": "by hand"}
     assert set(data["contenders"]) == {"base", "best single", "uniform", "oracle", "ridge"} and data["rows"] == {"math": 1}
@@ -199,6 +226,12 @@ USAGE: list[tuple[list[str], str]] = [
     (["build-router", "ridge", "--profile", "p2", "-o", "top_k=many"], "int or none"),
     (["build-router", "ridge", "--profile", "p2", "-o", "top_k"], "-o KEY=VALUE"),
     (["build-router", "ridge", "--profile", "p2", "-o", "out=x"], "Use --out"),
+    (["build-router", "ridge", "--profile", "p2", "-o", "progress=x"], "no option 'progress'. Its options: top_k=2"),
+    (["build-router", "ridge", "--profile", "p2", "-o", "method=x"], "no option 'method'. Its options: top_k=2"),
+    (["build-router", "ridge", "--profile", "p2", "-o", "loading=x"], "no option 'loading'. Its options: top_k=2"),
+    (["build-router", "ridge", "--profile", "p2", "-o", "ridge=nan"], "ridge=nan"),
+    (["build-router", "ridge", "--profile", "p2", "--out", "GATES"], "holds a router already"),
+    (["build-router", "arrow", "--device", "foo"], "The device 'foo' cannot be used."),
     (["build-router", "ridge"], "Profiles in the zoo: p2."),
     (["build-router", "arrow", "--adapters", "math,prose"], "Not in the zoo: prose."),
     (["build-router", "arrow", "--adapters", ","], "No adapters were chosen."),
@@ -221,6 +254,7 @@ USAGE: list[tuple[list[str], str]] = [
     (["eval", "MODEL", "none.jsonl"], "There is no file none.jsonl"),
     (["eval", "MODEL", "TASK", "--assign", "prose=math"], "no adapter 'prose'"),
     (["eval", "MODEL", "TASK", "--answers", "TASK"], "is a file"),
+    (["fetch", "MATH", "--as", "base"], "is the base itself"),
     (["fetch", "MATH", "--as", "Con/con"], "cannot name an adapter"),
     (["fetch", "MATH", "MATH"], "Several adapters would be called math"),
     (["zoo", "show", "maht"], "Not in the zoo: maht. It holds: math"),
@@ -318,6 +352,75 @@ def process(*args: Any, zoo: Path, **options: Any) -> subprocess.CompletedProces
     return subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf8", check=False, **options)
 
 
+def test_what_failed_is_said_once(way: Way, tmp_path: Path) -> None:
+    good, bad = way.pico.adapters["math"], tmp_path / "absent"
+    for sources in ([bad], [bad, good], [bad, tmp_path / "gone"]):
+        result = recycle("fetch", *sources, "--base", way.pico.base, zoo=tmp_path / "zoo")
+        assert result.exit_code and result.stderr.count("absent is not a folder") == 1, result.stderr
+
+
+def test_max_size(way: Way, tmp_path: Path) -> None:
+    big = Path(shutil.copytree(way.pico.adapters["math"], tmp_path / "big"))
+    (big / "README.md").write_bytes(b" " * 1_100_000)
+    result = recycle("fetch", big, "--base", way.pico.base, "--max-size", 1, zoo=tmp_path / "zoo")
+    assert result.exit_code == 3 and "1 MB" in result.stderr
+    ok("fetch", big, "--base", way.pico.base, "--max-size", 2, zoo=tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("kind", ["a file in the way", "a full disk", "a full disk, by safetensors"])
+def test_the_system_refuses(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    out = tmp_path / "file" / "gates"
+    (tmp_path / "file").write_text("", encoding="utf8")
+    if kind != "a file in the way":
+        from safetensors import SafetensorError
+
+        error = SafetensorError("I/O error: No space left") if "safetensors" in kind else OSError(28, "No space left", "x")
+
+        def full(*args: Any, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        out = tmp_path / "gates"
+    result = recycle("build-router", "uniform", "--out", out, zoo=way.zoo)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stdout == ""
+    assert ("Not a directory" if kind == "a file in the way" else "No space left") in result.stderr
+    assert "Check permissions and free space." in result.stderr
+
+
+def test_interrupted(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recycler.build.measure", stop)
+    result = recycle("profile", way.pico.tasks[0], "--kshot", 1, "--out", tmp_path / "p", zoo=way.zoo)
+    assert result.exit_code == 130 and result.stderr == "interrupted; the same command goes on where it stopped\n"
+    monkeypatch.setattr("recycler.composition.load", stop)
+    result = recycle("run", way.model, "-p", "a")
+    assert result.exit_code == 130 and result.stderr == "interrupted; nothing unfinished was kept\n"
+
+
+def test_bars_have_a_rate_and_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    from recycler.terminal import bars
+
+    with bars() as progress:
+        step = progress(2, "scoring")
+        for _ in range(2):
+            time.sleep(0.01)
+            step()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"scoring .*2/2 +\d+(\.\d)?/s .*0:00:0", shown), shown
+
+
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom recycler.cli import main\n"
@@ -376,7 +479,8 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "eval": (recycler.evaluate, {"model_path": "model", "files": "shots", "others": "routers", "assign": "owner"}),
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
-ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval")}
+ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"),
+             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.
 KEPT = {("profile", "out"): "profile"}
 

@@ -123,7 +123,7 @@ def test_one_bad_source_among_many(zoo: Zoo, hub: Hub, pile: Path, tmp_path: Pat
     report = fetch([bad, "org/absent", "org/math", pile / "law"], zoo=zoo, endpoint=hub.url)
     assert report.names == ["math", "law"] == sorted(zoo, reverse=True)
     assert [type(f.error) for f in report.failures] == [InputError, HubError]
-    with pytest.raises(PartialError, match=r"2 of 4 adapters.*bad.*org/absent was not found") as caught:
+    with pytest.raises(PartialError, match=r"(?s)2 of 4 adapters.*bad.*org/absent was not found") as caught:
         report.raise_for_failures()
     assert caught.value.exit_code == 6
     assert zoo.verify() == []
@@ -159,6 +159,12 @@ def test_a_folder_as_a_copy_of_the_base(zoo: Zoo, pile: Path, tmp_path: Path) ->
     report = fetch(pile, tmp_path / "copy", zoo)
     assert [(e.base, e.base_path) for e in zoo.entries.values()] == [("org/base", str(tmp_path / "copy"))] * 2
     assert "used as a copy of org/base" in str(report)
+
+
+def test_a_base_that_is_declared_by_its_path(zoo: Zoo, tmp_path: Path) -> None:
+    folder = write(tmp_path / "math", base_model_name_or_path=str(tmp_path / "copy"))
+    (note,) = fetch(folder, tmp_path / "copy", zoo).fetched[0].receipt.notes
+    assert note == f"fits the base in {tmp_path / 'copy'}"  # said once
 
 
 def test_a_folder_that_is_another_base(zoo: Zoo, pile: Path, bases: dict[str, object], tmp_path: Path) -> None:

@@ -302,3 +302,15 @@ def test_the_server_lists_as_the_hub_does(hub: Hub, tmp_path: Path) -> None:
     assert [model.id for model in found] == ["org/law", "you/law"]
     assert [model.id for model in api.list_models(author="org", search="LA", limit=10)] == ["org/law"]
     assert set(api.list_repo_files("org/law")) == {"README.md", "adapter_config.json", WEIGHTS}
+
+
+def test_a_peek_is_one_request_or_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    assert "adapter_config.json" in (client.peek("org/math") or [])
+    with pytest.raises(HubError, match="org/absent was not found"):
+        client.peek("org/absent")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="offline mode"):
+        client.peek("org/math")
+    with pytest.raises(HubError):
+        client.peek("/no/such/folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 import recycler
 from recycler import Profile, Router, Shots
+from recycler.base import load_base
 from recycler.evaluation import Evaluation, evaluate
-from recycler.run import answer_file, answer_prompts
+from recycler.run import answer_file, answer_prompts, check_answers
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
 
 NAMES = ("code", "law", "math", "poem")
@@ -380,6 +382,72 @@ def test_another_base_is_said_aloud(way: Way, tmp_path: Path) -> None:
     retouched(other / "model.safetensors")
     for model in (recycler.load(way.folder, base=str(other)), recycler.compose(way.zoo, way.router, base=str(other))):
         assert len(model.warnings) == 1 and "is not the base that the router was built on" in model.warnings[0]
+
+
+def test_gates_are_not_fitted_on_another_base_than_the_profiles(llama: Pico, tmp_path: Path) -> None:
+    zoo = recycler.Zoo(llama.zoo)
+    profile = recycler.profile(zoo, Shots.from_files(*llama.tasks), 1)
+    other = Path(shutil.copytree(llama.base, tmp_path / "llama"))
+    same = recycler.build_router("ridge", profile, zoo=zoo, base=str(other))
+    assert same.facts["base"]["path"] == str(other)
+    retouched(other / "model.safetensors")
+    with pytest.raises(InputError, match=r"not the base that profile profile was measured on.*run recycle profile again"):
+        recycler.build_router("arrow", profile, zoo=zoo, base=str(other))
+
+
+def test_a_base_of_pickles(llama: Pico, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base, tmp_path / "llama"))
+    (base / "model.safetensors").unlink()
+    torch.save({}, base / "pytorch_model.bin")
+    with pytest.raises(SecurityError, match=r"are pickled \(pytorch_model.bin\).*save_pretrained") as error:
+        recycler.compose(recycler.Zoo(llama.zoo), recycler.build_router("uniform", zoo=recycler.Zoo(llama.zoo)), base=str(base))
+    assert error.value.exit_code == 4
+    (base / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="is not a model folder"):
+        load_base(str(base))
+
+
+def test_a_base_out_of_reach_is_known_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"The base org/base cannot be had.*cannot be reached"):
+        load_base("org/base")
+    out, err = capfd.readouterr()
+    assert time.monotonic() - started < 5 and out + err == ""
+
+
+@pytest.mark.parametrize("options", [{"device": "foo"}, {"device": "cuda:99"}, {"device": "meta"}, {"dtype": "int8"}])
+def test_devices_and_dtypes_that_do_not_serve(llama: Pico, options: Any) -> None:
+    with pytest.raises(UsageError, match=r"cannot be used.*cpu|There is no dtype"):
+        load_base(str(llama.base), **options)
+
+
+def test_a_router_is_not_overwritten_unless_asked(llama: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo, out = recycler.Zoo(llama.zoo), tmp_path / "gates"
+    router = recycler.build_router("uniform", zoo=zoo, out=out)
+    before = (out / "router.json").read_bytes()
+    with pytest.raises(UsageError, match=r"holds a router already.*--force"):
+        router.save(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("recycler.build.load_base", never)  # refused before the long work
+        with pytest.raises(UsageError, match=r"holds a router already.*--force"):
+            recycler.build_router("arrow", zoo=zoo, out=out)
+        with pytest.raises(UsageError, match="something else than a router"):
+            recycler.build_router("arrow", zoo=zoo, out=tmp_path, force=True)
+    assert (out / "router.json").read_bytes() == before
+    recycler.build_router("arrow", zoo=zoo, out=out, force=True)
+    assert recycler.Router.load(out).method() == "arrow"
+
+
+def test_outputs_are_tried_before_the_long_work(way: Way, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf8")
+    with pytest.raises(NotADirectoryError, match="file/below"):
+        answer_file(never, way.pico.tasks[0], tmp_path / "file" / "below" / "out.jsonl")
+    with pytest.raises(NotADirectoryError, match="file/gates"):
+        recycler.build_router("arrow", zoo=way.zoo, base="org/none", out=tmp_path / "file" / "gates")
+    with pytest.raises(NotADirectoryError, match="file/answers"):
+        check_answers(tmp_path / "file" / "answers", False)
+    check_answers(tmp_path / "new" / "answers", False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_base_is_gone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

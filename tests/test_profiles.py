@@ -354,6 +354,58 @@ def test_another_run_does_not_go_on_with_a_strangers_journal(llama: Pico, whole:
         assert steps.announced == {"scoring": profile.nll.numel()}, options
 
 
+def test_a_finished_profile_is_not_measured_again(llama: Pico, tmp_path: Path) -> None:
+    zoo, shots, out = recycler.Zoo(llama.zoo), shots_of(llama), tmp_path / "p"
+    first = recycler.profile(zoo, shots, 2, out=out)
+    files = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert len(first.key) == 64 and Profile.load(out).key == first.key
+    steps = Steps()
+    again = recycler.profile(zoo, shots, 2, out=out, progress=steps)
+    assert steps.announced == {} and torch.equal(again.nll, first.nll) and again.to_json() == first.to_json()
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == files
+    assert recycler.profile(zoo, shots, 2, out=out, assign={"law": "math"}, progress=steps).own["law"] == ("math",)
+    assert steps.announced == {} and Profile.load(out).assigned == {"law": ("math",)}
+    other: list[dict[str, Any]] = [{"seed": 1}, {"kshot": 1}, {"adapters": ["math"]}, {"dtype": "bfloat16"}, {"generate": True}]
+    for options in other:
+        with pytest.raises(UsageError, match=r"profile of another measurement.*--force"):
+            recycler.profile(zoo, shots, **{"kshot": 2, **options}, out=out, progress=steps)
+    assert steps.announced == {}
+    forced = recycler.profile(zoo, shots, 1, out=out, force=True, progress=steps)
+    assert steps.done == {"scoring": 20} and Profile.load(out).to_json() == forced.to_json()
+    recycler.profile(zoo, shots, 1, out=out, force=True, progress=steps)  # also where nothing changed
+    assert steps.announced == {"scoring": 20}
+
+
+def test_an_interrupted_second_profile_leaves_the_first(llama: Pico, tmp_path: Path) -> None:
+    first = run(llama, tmp_path / "p", Steps(), kshot=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, tmp_path / "p", Steps(lambda what, done: done > 260), force=True)
+    assert torch.equal(Profile.load(tmp_path / "p").nll, first.nll)
+    steps = Steps()
+    run(llama, tmp_path / "p", steps, force=True)
+    assert steps.announced["scoring"] < 100 and not (tmp_path / "p" / "journal.jsonl").exists()
+
+
+def test_two_runs_at_once(llama: Pico, tmp_path: Path) -> None:
+    zoo, shots, out = recycler.Zoo(llama.zoo), shots_of(llama), tmp_path / "p"
+
+    def second(what: str, done: int) -> bool:
+        with pytest.raises(UsageError, match=r"Another run is writing the profile in .*another --out"):
+            recycler.profile(zoo, shots, 1, out=out)
+        return False
+
+    recycler.profile(zoo, shots, 1, out=out, progress=Steps(second))
+    assert sorted(file.name for file in out.iterdir()) == ["profile.json", "profile.safetensors", "shots.jsonl"]
+
+
+def test_a_folder_of_something_else(llama: Pico, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf8")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UsageError, match="something else than a profile"):
+            recycler.profile(recycler.Zoo(llama.zoo), shots_of(llama), 1, out=out, force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_scores_are_kept_while_answers_are_generated(llama: Pico, tmp_path: Path) -> None:
     zoo, shots = recycler.Zoo(llama.zoo), shots_of(llama)
     options: dict[str, Any] = {"out": tmp_path / "p", "generate": True}

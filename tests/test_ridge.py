@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,19 @@ def test_a_composed_model_has_no_statistics_to_update_from(llama: Pico, tmp_path
     assert isinstance(loaded, Ridge) and loaded.rows
     with pytest.raises(UsageError, match="without its statistics"):
         loaded.without("law")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("ridge", -5), ("ridge", math.nan), ("ridge", math.inf), ("sharpness", math.nan), ("sharpness", 0), ("sharpness", -1),
+     ("chains", -1), ("chain_length", 0), ("tokens", 0), ("top_k", 0), ("temperature", math.inf)],
+)  # fmt: skip
+def test_options_that_make_no_gates(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"^{name}={value}"):
+        RidgeConfig(**{name: value})
+
+
+def test_the_report_names_adapters_without_shots(llama: Pico) -> None:
+    assert fit(llama).report["without_shots"] == []
+    some = replace(profile(llama), assigned={name: (name,) for name in NAMES if name != "law"})
+    assert Ridge.fit(fitting(llama), some, RidgeConfig()).report["without_shots"] == ["law"]

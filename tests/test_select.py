@@ -64,7 +64,7 @@ def test_limits() -> None:
     assert top_k(s.bfloat16(), 2).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (-1, 1.0), (2, 0.0), (2, -1.0), (2, math.nan)])
+@pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (-1, 1.0), (2, 0.0), (2, -1.0), (2, math.nan), (2, math.inf)])
 def test_no_policy_is_refused(k: int, temperature: float) -> None:
     with pytest.raises(UsageError):
         check(k, temperature)

@@ -303,6 +303,13 @@ def test_unusable_names(name: str) -> None:
         check_name(name)
 
 
+def test_the_base_keeps_its_name() -> None:
+    for give in (check_name, slug):
+        with pytest.raises(UsageError, match=r"'base' cannot name an adapter.*is the base itself.*--as"):
+            give("base")
+    assert slug("Base-2") == "base-2"
+
+
 def test_unusable_folder_names_are_errors() -> None:
     for text in ("CON", "日本", "..."):
         with pytest.raises(UsageError):

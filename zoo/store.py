@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -294,6 +295,20 @@ def copy_files(folder: Path, into: Path, max_bytes: int = inspect.MAX_BYTES) -> 
     """Copy the adapter's own files, and nothing else, after `inspect.check_folder` passed."""
     for name in inspect.check_folder(folder, max_bytes):
         shutil.copyfile(folder / name, into / name)
+
+
+def require_writable(folder: Path) -> None:
+    """Asked before long work whose result goes into `folder`, or one of its folders to be; leaves nothing.
+
+    Raises:
+        OSError: it cannot be written, with its name.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from error
 
 
 def _lock(path: Path) -> BaseFileLock:
