@@ -10,69 +10,24 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from recycler.zoo.errors import RecycleError, UsageError
-
-if TYPE_CHECKING:
-    from recycler.zoo.store import Zoo
-
-
-_INTERRUPTED = {
-    "profile": "interrupted; the same command goes on where it stopped",
-    "fetch": "interrupted; the adapters that were done are in the zoo, and the same command goes on with the others",
-}
-
-
-class Group(click.Group):
-    """Turns the library's errors into a message and an exit code, in one place; and keeps commands in the order of the work."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RecycleError as error:
-            from recycler.terminal import complain
-
-            complain(error)
-            ctx.exit(error.exit_code)
-        except Exception as error:
-            refused = _of_the_system(error)
-            if refused is None:
-                raise
-            from recycler.terminal import complain
-
-            complain(refused)
-            ctx.exit(refused.exit_code)
-        except KeyboardInterrupt:
-            from recycler.terminal import say
-
-            say(_INTERRUPTED.get(ctx.invoked_subcommand or "", "interrupted; nothing unfinished was kept"))
-            ctx.exit(130)
-
-
-def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")(function)
-
-
-def in_zoo(function: Callable[..., Any]) -> Callable[..., Any]:
-    help_text = "The zoo's folder; by default $RECYCLE_ZOO, else ~/.cache/recycle/zoo."
-    return click.option("--zoo", "zoo_path", type=click.Path(file_okay=False), help=help_text)(function)
-
-
-def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    function = click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, ...")(
-        function
-    )
-    return click.option("--device", help="cpu, cuda, cuda:1, ...; by default CUDA when there is a device.")(function)
-
-
-def with_base(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--base", help="The base model: a Hub id, or a folder that holds a copy.")(function)
+from recycler.cli_zoo import zoo_group
+from recycler.options import (
+    Group,
+    as_json,
+    as_text,
+    in_zoo,
+    names_of,
+    on_device,
+    open_zoo,
+    pairs_of,
+    print_json,
+    with_base,
+)
+from recycler.zoo.errors import UsageError
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -128,110 +83,16 @@ def fetch(
             say(text)
 
     limit: dict[str, Any] = {} if max_size is None else {"max_bytes": max_size * 10**6}
-    report = run(list(sources), base, _zoo(zoo_path), names=list(names) or None, dry_run=dry_run, on_event=event, **limit)
+    report = run(list(sources), base, open_zoo(zoo_path), names=list(names) or None, dry_run=dry_run, on_event=event, **limit)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         for one in report.fetched:
             click.echo(one.name)
     report.raise_for_failures()
 
 
-@main.group(name="zoo", cls=Group)
-def zoo_group() -> None:
-    """Look at the zoo, and tidy it."""
-
-
-@zoo_group.command(name="list")
-@in_zoo
-@as_json
-def zoo_list(zoo_path: str | None, as_json: bool) -> None:
-    """List the adapters."""
-    from recycler.terminal import table
-
-    zoo = _zoo(zoo_path)
-    entries = zoo.entries
-    if as_json:
-        _print_json(
-            {
-                "schema_version": 1,
-                "path": str(zoo.path),
-                "adapters": {n: e.to_json() for n, e in entries.items()},
-            }
-        )
-        return
-    rows = [
-        [
-            n,
-            ", ".join(map(str, e.ranks)),
-            str(e.sites),
-            ", ".join(e.kinds),
-            e.base or "?",
-            e.licence or "?",
-            e.source,
-        ]
-        for n, e in entries.items()
-    ]
-    table(["name", "rank", "sites", "kind", "base", "licence", "source"], rows)
-
-
-@zoo_group.command(name="show")
-@click.argument("name")
-@in_zoo
-@as_json
-def zoo_show(name: str, zoo_path: str | None, as_json: bool) -> None:
-    """Everything that is known of one adapter."""
-    zoo = _zoo(zoo_path)
-    entry = zoo.entry(name)
-    if as_json:
-        _print_json({"schema_version": 1, "name": name, "folder": str(zoo.folder(name)), **entry.to_json()})
-        return
-    from recycler.terminal import table
-
-    facts = {"folder": str(zoo.folder(name)), **entry.to_json()}
-    facts["files"] = ", ".join(f"{file} ({fact['size']} bytes)" for file, fact in entry.files.items())
-    table(["", name], [[key, _text(value)] for key, value in facts.items()])
-
-
-@zoo_group.command(name="remove")
-@click.argument("names", nargs=-1, required=True)
-@in_zoo
-def zoo_remove(names: tuple[str, ...], zoo_path: str | None) -> None:
-    """Remove adapters; where one is unknown, none."""
-    from recycler.terminal import say
-
-    _zoo(zoo_path).remove(names)
-    say(f"removed {', '.join(names)}")
-
-
-@zoo_group.command(name="verify")
-@click.argument("names", nargs=-1)
-@in_zoo
-@as_json
-def zoo_verify(names: tuple[str, ...], zoo_path: str | None, as_json: bool) -> None:
-    """Hash every file again and compare with zoo.json; exit code 3 where something differs."""
-    from recycler.terminal import say
-    from recycler.zoo.errors import InputError
-
-    zoo = _zoo(zoo_path)
-    problems = zoo.verify(names or None)
-    if as_json:
-        _print_json({"schema_version": 1, "problems": [vars(p) for p in problems]})
-    else:
-        for problem in problems:
-            click.echo(str(problem))
-    if problems:
-        raise InputError(f"{len(problems)} files differ from zoo.json.", "", "Remove those adapters and fetch them again.")
-    say(f"{len(names or zoo)} adapters are as they were fetched")
-
-
-@zoo_group.command(name="path")
-@click.argument("name", required=False)
-@in_zoo
-def zoo_path_command(name: str | None, zoo_path: str | None) -> None:
-    """Print the folder of the zoo, or of one adapter (PEFT loads from there)."""
-    zoo = _zoo(zoo_path)
-    click.echo(str(zoo.folder(name) if name else zoo.path))
+main.add_command(zoo_group)
 
 
 @main.command()
@@ -285,11 +146,11 @@ def profile(
             return progress(steps, what)
 
         result = run(
-            _zoo(zoo_path), shots, kshot, seed=seed, out=out, base=base, adapters=_names(adapters), assign=_pairs(assign),
+            open_zoo(zoo_path), shots, kshot, seed=seed, out=out, base=base, adapters=names_of(adapters), assign=pairs_of(assign),
             generate=generate, force=force, progress=noted, device=device, dtype=dtype,
         )  # fmt: skip
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         from recycler.terminal import profile_table
 
@@ -314,7 +175,7 @@ def routers(as_json: bool) -> None:
             }
             for name, cls in found.items()
         }
-        _print_json({"schema_version": 1, "routers": rows})
+        print_json({"schema_version": 1, "routers": rows})
         return
     table(
         ["method", "needs", "options", "paper"],
@@ -369,24 +230,24 @@ def build_router(
     from recycler.routers.base import find, make_config
     from recycler.terminal import bars, say
 
-    zoo = _zoo(zoo_path)
+    zoo = open_zoo(zoo_path)
     folder = Path(out) if out else zoo.routers_dir / "-".join([method, *([Path(profile_name).name] if profile_name else [])])
-    given = {key: values[-1] for key, values in _pairs(options, "-o", "KEY=VALUE").items()}
+    given = {key: values[-1] for key, values in pairs_of(options, "-o", "KEY=VALUE").items()}
     flags = sorted({"profile", "zoo", "base", "adapters", "out", "assign", "force", "device", "dtype"} & set(given))
     if flags:
         raise UsageError(f"{', '.join(flags)} is not an option of a method.", "", f"Use --{flags[0]}.")
     make_config(find(method), given)  # before `run` takes a key such as `progress` for a keyword of its own
     with bars() as progress:
         router = run(
-            method, profile_name, zoo=zoo, base=base, adapters=_names(adapters), out=folder, assign=_pairs(assign), force=force,
+            method, profile_name, zoo=zoo, base=base, adapters=names_of(adapters), out=folder, assign=pairs_of(assign), force=force,
             progress=progress, loading={"device": device, "dtype": dtype}, **given,
         )  # fmt: skip
     if as_json:
-        _print_json({"schema_version": 1, "router": str(folder), "method": method, "adapters": list(router.adapters),
+        print_json({"schema_version": 1, "router": str(folder), "method": method, "adapters": list(router.adapters),
                      "report": router.report})  # fmt: skip
     else:
         for key, value in router.report.items():
-            say(f"{key}: {_text(value)}")
+            say(f"{key}: {as_text(value)}")
         click.echo(str(folder))
 
 
@@ -406,7 +267,7 @@ def compose(router_name: str, out: str, force: bool, base: str | None, zoo_path:
     from recycler.composition import compose as run
     from recycler.terminal import say
 
-    model = run(_zoo(zoo_path), router_name, out, base=base, force=force)
+    model = run(open_zoo(zoo_path), router_name, out, base=base, force=force)
     for warning in model.warnings:
         say(f"warning: {warning}")
     say(f"{len(model.names)} adapters on {len(model.sites)} sites, {model.extra_bytes / 1e6:.1f} MB beside the base")
@@ -528,7 +389,7 @@ def evaluate(
     shots = Shots.from_files(*files)
     if rows:
         shots = Shots({task: some[:rows] for task, some in shots.items()})
-    folders = [router_folder(_zoo(zoo_path), name).resolve() for name in others]
+    folders = [router_folder(open_zoo(zoo_path), name).resolve() for name in others]
     routers = {folder.name: Router.load(folder) for folder in folders}
     model = load(model_path, base=base, device=device, dtype=dtype)
     for warning in model.warnings:
@@ -537,7 +398,7 @@ def evaluate(
     routers = {model.router.method(): model.router, **routers}
     if len(routers) <= len(others):
         raise UsageError("Two routers have one name.", "They are told apart by their folders' names.", "Rename a folder.")
-    owner = {task: name for name, tasks in _pairs(assign).items() for task in tasks}
+    owner = {task: name for name, tasks in pairs_of(assign).items() for task in tasks}
     with bars() as progress:
         result = run(
             model,
@@ -551,53 +412,9 @@ def evaluate(
     if answers:
         write_answers(result, shots, Path(answers), force=force)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         evaluation_table(result)
-
-
-def _zoo(path: str | None) -> Zoo:
-    from recycler.zoo.store import Zoo
-
-    return Zoo(path)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _pairs(items: tuple[str, ...], flag: str = "--assign", form: str = "ADAPTER=TASK") -> dict[str, Any]:
-    """``a=b`` options as a → [b, ...]."""
-    pairs: dict[str, list[str]] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not (equals and key.strip() and value.strip()):
-            raise UsageError(f"{flag} {item!r} is not {form}.", "", f"Write {flag} {form}.")
-        pairs.setdefault(key.strip(), []).append(value.strip())
-    return pairs
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
-    return "–" if value is None else str(value)
-
-
-def _of_the_system(error: Exception) -> RecycleError | None:
-    """A full disk, or a file that may not be read or written, as an error of ours; None for anything else."""
-    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # that one is click's business
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    elif type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # its own, also for a full disk
-        what = str(error)
-    else:
-        return None
-    return RecycleError(f"{what}.", "The system refused it.", "Check permissions and free space.")
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Profile:
 
     @property
     def own(self) -> dict[str, tuple[str, ...]]:
-        """Adapter → the tasks that are its own (see `own_tasks`)."""
+        """Adapter → the tasks that are its own (see `own_tasks`); a task may be nobody's."""
         return own_tasks(self.adapters, self.tasks, self.nll.mean(-1), self.assigned)
 
     @property
@@ -264,14 +264,20 @@ def only_writer(folder: Path | None) -> Iterator[None]:
         lock.release()
 
 
+_NEARLY = 0.95  # of the share of the base's NLL that an adapter removes on its best task
+
+
 def own_tasks(
     adapters: Sequence[str], tasks: Sequence[str], nll_RT: Tensor, assigned: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """Adapter → its own tasks: those that no other adapter improves more over the base.
+    """Adapter → its own tasks: where it gains most over the base.
 
-    Every adapter of a set of strangers lowers the NLL of every task that asks for short answers, so "where it gains most" is
-    asked per task, of all adapters. An adapter that is best nowhere (a duplicate, or a weak one) gets the task where it is
-    furthest ahead of the others' mean, if it improves on the base there; one that improves nothing gets none.
+    Every adapter lowers the NLL of every task that asks for short answers, so a task is a candidate for the one adapter that
+    gains most on it. Of an adapter's candidates those count on which it removes nearly as much of the base's NLL, in proportion,
+    as on its best: a task that it merely helps most as a stranger is not its own, and gates that learn it as such get worse at
+    the rest. An adapter
+    without a candidate (a duplicate, or a weak one) gets the task where it is furthest ahead of the others' mean, if it improves
+    on the base there; one that improves nothing gets none.
 
     Args:
         nll_RT: mean NLL, row 0 the base, then one per adapter.
@@ -285,7 +291,12 @@ def own_tasks(
         if name in assigned:
             own[name] = tuple(assigned[name])
             continue
-        mine = [task for task in tasks if best.get(task) == name and task not in taken]
+        removed = {
+            task: 1 - float(nll_RT[e, t] / nll_RT[0, t])
+            for t, task in enumerate(tasks)
+            if best.get(task) == name and task not in taken
+        }
+        mine = [task for task, share in removed.items() if share >= _NEARLY * max(removed.values())]
         if not mine:
             lead = {
                 task: float(mean_T[t] - nll_RT[e, t])

@@ -44,7 +44,7 @@ from recycler.zoo.errors import InputError, UsageError
             id="a duplicate shares",
         ),
         pytest.param(
-            [[3, 3, 3], [1, 2, 2], [3, 3, 4], [2, 2, 1]],
+            [[3, 3, 3], [1, 1, 2], [3, 3, 4], [2, 2, 1]],
             {},
             {"math": ("math", "law"), "law": (), "code": ("code",)},
             id="useless gets none",
@@ -54,6 +54,14 @@ from recycler.zoo.errors import InputError, UsageError
             {},
             {"math": (), "law": (), "code": ()},
             id="nobody helps",
+        ),
+        pytest.param(
+            [[4, 4, 4], [0.1, 2, 0.2], [3, 3, 3], [3, 3, 3]],
+            {},
+            # best at all three, but on law it removes half of the base's NLL, where elsewhere it removes nearly all;
+            # the others are behind the mean everywhere, and least so on law
+            {"math": ("math", "code"), "law": ("law",), "code": ("law",)},
+            id="helps most as a stranger",
         ),
         pytest.param(
             [[3, 3, 3], [1, 2, 2], [2, 1, 2], [2, 2, 1]],

@@ -1,0 +1,113 @@
+"""What all verbs of the command line share: the error boundary, common options, small conversions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from recycler.zoo.errors import RecycleError, UsageError
+
+if TYPE_CHECKING:
+    from recycler.zoo.store import Zoo
+
+
+_INTERRUPTED = {
+    "profile": "interrupted; the same command goes on where it stopped",
+    "fetch": "interrupted; the adapters that were done are in the zoo, and the same command goes on with the others",
+}
+
+
+class Group(click.Group):
+    """Turns the library's errors into a message and an exit code, in one place; and keeps commands in the order of the work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RecycleError as error:
+            from recycler.terminal import complain
+
+            complain(error)
+            ctx.exit(error.exit_code)
+        except Exception as error:
+            refused = _of_the_system(error)
+            if refused is None:
+                raise
+            from recycler.terminal import complain
+
+            complain(refused)
+            ctx.exit(refused.exit_code)
+        except KeyboardInterrupt:
+            from recycler.terminal import say
+
+            say(_INTERRUPTED.get(ctx.invoked_subcommand or "", "interrupted; nothing unfinished was kept"))
+            ctx.exit(130)
+
+
+def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")(function)
+
+
+def in_zoo(function: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = "The zoo's folder; by default $RECYCLE_ZOO, else ~/.cache/recycle/zoo."
+    return click.option("--zoo", "zoo_path", type=click.Path(file_okay=False), help=help_text)(function)
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16, ...")(
+        function
+    )
+    return click.option("--device", help="cpu, cuda, cuda:1, ...; by default CUDA when there is a device.")(function)
+
+
+def with_base(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--base", help="The base model: a Hub id, or a folder that holds a copy.")(function)
+
+
+def open_zoo(path: str | None) -> Zoo:
+    from recycler.zoo.store import Zoo
+
+    return Zoo(path)
+
+
+def names_of(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def pairs_of(items: tuple[str, ...], flag: str = "--assign", form: str = "ADAPTER=TASK") -> dict[str, Any]:
+    """``a=b`` options as a → [b, ...]."""
+    pairs: dict[str, list[str]] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (equals and key.strip() and value.strip()):
+            raise UsageError(f"{flag} {item!r} is not {form}.", "", f"Write {flag} {form}.")
+        pairs.setdefault(key.strip(), []).append(value.strip())
+    return pairs
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {as_text(inner)}" for key, inner in value.items())
+    return "–" if value is None else str(value)
+
+
+def _of_the_system(error: Exception) -> RecycleError | None:
+    """A full disk, or a file that may not be read or written, as an error of ours; None for anything else."""
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # that one is click's business
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    elif type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # its own, also for a full disk
+        what = str(error)
+    else:
+        return None
+    return RecycleError(f"{what}.", "The system refused it.", "Check permissions and free space.")
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
