@@ -190,6 +190,8 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
         ["zoo", "list", "--json"],
         ["zoo", "show", "math", "--json"],
         ["zoo", "verify", "--json"],
+        ["zoo", "path", "--json"],
+        ["zoo", "remove", "poem", "--zoo", shutil.copytree(way.zoo, tmp_path / "zoo"), "--json"],
         ["profile", way.pico.tasks[0], "--kshot", 1, "--out", tmp_path / "p1", "--json"],
         ["routers", "--json"],
         ["build-router", "uniform", "--out", tmp_path / "gates", "--json"],
@@ -199,7 +201,8 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
         assert data["schema_version"] == 1, args
     with_json = {path for path, command in commands() if any("--json" in p.opts for p in command.params)}
     assert with_json == {f"recycle {name}" for name in (
-        "fetch", "zoo list", "zoo show", "zoo verify", "profile", "routers", "build-router", "eval",
+        "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "profile", "routers", "build-router",
+        "eval",
     )}  # fmt: skip
 
 
