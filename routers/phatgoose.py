@@ -40,7 +40,7 @@ class PhatgooseConfig(TopK):
         tokens: padded tokens in one forward and backward, the dial for memory; a step is split into rows of like length.
     """
 
-    steps: int = 60
+    steps: int = 45
     rows: int = 24
     lr: float = 3e-2
     tokens: int = 1024
