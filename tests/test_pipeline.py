@@ -84,7 +84,8 @@ def test_the_whole_way(way: Way) -> None:
     texts = answer_prompts(model, PROMPTS, max_new_tokens=5)
     assert texts == one_by_one(model, PROMPTS, 5)
     with model.disabled():
-        assert texts != one_by_one(model, PROMPTS, 5)  # the adapters had a say
+        bare = logits(model)
+    assert not torch.allclose(logits(model), bare, atol=1e-2)  # the adapters had a say
     for row in model.weights_for(model.tokenizer(PROMPTS[0], return_tensors="pt")).top(2):
         assert {name for name, _ in row} <= set(NAMES)
     assert recycler.RoutedModel.from_pretrained(way.folder).names == NAMES
