@@ -264,18 +264,15 @@ def only_writer(folder: Path | None) -> Iterator[None]:
         lock.release()
 
 
-_NEARLY = 0.95  # of the share of the base's NLL that an adapter removes on its best task
-
-
 def own_tasks(
     adapters: Sequence[str], tasks: Sequence[str], nll_RT: Tensor, assigned: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
     """Adapter → its own tasks: where it gains most over the base.
 
     Every adapter lowers the NLL of every task that asks for short answers, so a task is a candidate for the one adapter that
-    gains most on it. Of an adapter's candidates those count on which it removes nearly as much of the base's NLL, in proportion,
-    as on its best: a task that it merely helps most as a stranger is not its own, and gates that learn it as such get worse at
-    the rest. An adapter
+    gains most on it. Of an adapter's candidates the one counts on which it removes the largest share of the base's NLL (all of
+    them where they tie): a task that it merely helps most as a stranger is not its own, and gates that learn it as such get
+    worse at the rest. An adapter trained for several tasks gets them by hand, in `assigned`. An adapter
     without a candidate (a duplicate, or a weak one) gets the task where it is furthest ahead of the others' mean, if it improves
     on the base there; one that improves nothing gets none.
 
@@ -296,7 +293,7 @@ def own_tasks(
             for t, task in enumerate(tasks)
             if best.get(task) == name and task not in taken
         }
-        mine = [task for task, share in removed.items() if share >= _NEARLY * max(removed.values())]
+        mine = [task for task, share in removed.items() if share >= max(removed.values()) - 1e-6]
         if not mine:
             lead = {
                 task: float(mean_T[t] - nll_RT[e, t])
