@@ -1,7 +1,7 @@
 #!/bin/sh
 # The wheel, installed elsewhere and imported from outside the checkout: zoo/ and routers/ must have come along.
 set -eu
-python=$1
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")  # absolute: another directory is entered below
 here=$(pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
