@@ -3,7 +3,7 @@
 The client under it, ``huggingface_hub``, does the transfers. What it leaves to its callers is done here:
 
 - it never hashes what it downloads, so contents are compared with the Hub's hashes, and a damaged cache is
-healed once; - it does not retry metadata calls, so `_patiently` does;
+healed once; - it does not retry metadata calls, so `patiently` does;
 - its errors bury the reason, so `hub_errors.explain` digs it out.
 
 Nothing is imported from it before the first call: it reads its environment when imported, and importing it is
@@ -216,7 +216,7 @@ def header(
     api = HfApi(endpoint=endpoint, token=token)
     path = listing.files[inspect.WEIGHTS].path
     try:
-        data = _patiently(
+        data = patiently(
             source,
             lambda: api.parse_safetensors_file_metadata(listing.repo, path, revision=listing.revision, token=token),
         )
@@ -278,7 +278,7 @@ def peek(repo: str, *, revision: str | None = None) -> list[str] | None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        info = _patiently(
+        info = patiently(
             Source(repo, None, repo, revision),
             lambda: HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S / 3),
             is_busy,
@@ -301,7 +301,7 @@ def _list(source: Source, token: str | bool | None, endpoint: str | None) -> tup
     api = HfApi(endpoint=endpoint, token=token)
     # One answer has both the commit and the files with their hashes, so the two cannot disagree. Unlike the
     # listing of a tree it takes a timeout.
-    info = _patiently(
+    info = patiently(
         source,
         lambda: api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=_TIMEOUT_S, token=token),
     )
@@ -335,7 +335,7 @@ def _fetch_file(
     from huggingface_hub import hf_hub_download
 
     for afresh in (False, True):
-        cached = _patiently(
+        cached = patiently(
             source,
             lambda afresh=afresh: hf_hub_download(  # type: ignore[misc]
                 listing.repo,
@@ -361,7 +361,7 @@ def _fetch_file(
     )
 
 
-def _patiently(source: Source, call: Callable[[], T], passing: Callable[[BaseException], bool] = is_passing) -> T:
+def patiently(source: Source, call: Callable[[], T], passing: Callable[[BaseException], bool] = is_passing) -> T:
     """Run `call`, again after a pause where the Hub was busy or the connection broke; explain the rest."""
     for attempt in range(_TRIES):
         try:
