@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recycler.scoring import Progress, answer, silent
-from recycler.shots import NO_TEXT, Shot, is_text, read_rows
+from recycler.shots import NO_TEXT, Shot, is_text, read_shots
 from recycler.zoo.errors import InputError, UsageError, shorten
 from recycler.zoo.store import require_writable
 
@@ -53,15 +53,8 @@ def answer_file(
         raise UsageError(f"{target} is a folder.", "", "Give --output a file.")
     if not source.is_file():
         raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.")
-    numbered, bad = read_rows(source)
-    prompts = []
-    for number, row in numbered:
-        prompt = _prompt(row)
-        if isinstance(prompt, Shot):
-            prompts.append(prompt)
-        else:
-            bad.append(f"{source}:{number} ({prompt})")
-    if bad or not prompts:
+    rows, bad = read_shots(source, _prompt)
+    if bad or not rows:
         raise InputError(
             f"{len(bad)} row{'s' * (len(bad) != 1)} cannot be used: {shorten(bad, 10)}." if bad else f"{source} is empty.",
             "",
@@ -69,9 +62,8 @@ def answer_file(
         )
     if target is not None:
         require_writable(target.parent)
-    texts = _answers(load(), prompts, max_new_tokens, batch_size, only, progress)
-    rows = [{**row, "generated": text} for (_, row), text in zip(numbered, texts, strict=True)]
-    lines = [_line(row) for row in rows]
+    texts = _answers(load(), [shot for _, shot in rows], max_new_tokens, batch_size, only, progress)
+    lines = [_line({**row, "generated": text}) for (row, _), text in zip(rows, texts, strict=True)]
     if target is not None:
         _write(target, lines)
     return lines

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
         tasks: dict[str, list[Shot]] = {}
         bad: list[str] = []
         for file in files:
-            tasks[file.stem], wrong = _read(file)
+            rows, wrong = read_shots(file, parse_row)
+            if not rows and not wrong:
+                wrong = [f"{file} (empty)"]
+            tasks[file.stem] = [shot for _, shot in rows]
             bad += wrong
         if bad:
             raise InputError(
@@ -174,7 +177,7 @@ def _parse(row: Any) -> Shot | str:
     return Shot(row["prompt"], row["completion"])
 
 
-def read_rows(file: Path) -> tuple[list[Any], list[str]]:
+def _read_rows(file: Path) -> tuple[list[Any], list[str]]:
     """(rows, complaints) of a JSONL file; blank lines are skipped."""
     rows, bad = [], []
     try:
@@ -190,15 +193,14 @@ def read_rows(file: Path) -> tuple[list[Any], list[str]]:
     return rows, bad
 
 
-def _read(file: Path) -> tuple[list[Shot], list[str]]:
-    rows, bad = read_rows(file)
+def read_shots(file: Path, parse: Callable[[Any], Shot | str]) -> tuple[list[tuple[Any, Shot]], list[str]]:
+    """(row, Shot) for every row that `parse` can use, and what is wrong with the others, by file and line."""
+    rows, bad = _read_rows(file)
     shots = []
     for number, row in rows:
-        shot = parse_row(row)
+        shot = parse(row)
         if isinstance(shot, Shot):
-            shots.append(shot)
+            shots.append((row, shot))
         else:
             bad.append(f"{file}:{number} ({shot})")
-    if not rows and not bad:
-        bad.append(f"{file} (empty)")
     return shots, bad

@@ -21,11 +21,14 @@ os.environ.update(
 )
 
 from pathlib import Path  # noqa: E402  (the environment above is read when these are imported)
-from typing import NamedTuple  # noqa: E402
+from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from way import Way
 
 # Pico matrices are too small to share; waiting for other threads costs more than the work.
 torch.set_num_threads(1)
@@ -71,6 +74,14 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Pico:
 def world(request: pytest.FixtureRequest) -> Pico:
     """Each of the two."""
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def way(world: Pico, tmp_path_factory: pytest.TempPathFactory) -> Way:
+    """The whole way, gone once in each of the two. Tests that change something copy it."""
+    from way import go
+
+    return go(world, tmp_path_factory.mktemp("way"))
 
 
 @pytest.fixture(scope="session")
