@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +17,10 @@ from safetensors.torch import load_file, save_file
 from way import NAMES, PROMPTS, Way, logits, never, one_by_one
 
 import recycler
-from recycler import Profile, Router, Shots
+from recycler import Router, Shots
 from recycler.base import load_base
-from recycler.evaluation import Evaluation, evaluate
 from recycler.run import answer_file, answer_prompts, check_answers
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
-
 
 
 @pytest.fixture
