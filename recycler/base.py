@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_CODE = {"trust_remote_code": False}  # left open, transformers asks whoever sits at the terminal, and runs it after a yes
 _HAD = "Check the id and the connection (gated models need HF_TOKEN), or give --base a folder that holds a copy."
 
 
@@ -88,7 +89,7 @@ def load_base(
         files = _files(name, revision)
         if files is not None:
             _refuse_pickles(name, files)
-        where = {"revision": revision, "local_files_only": files is None}
+        where = {"revision": revision, "local_files_only": files is None, **_NO_CODE}
         config = _config(name, where)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model: Any = auto.from_pretrained(name, dtype=dtype, device_map=device_map, use_safetensors=True, **where)
@@ -114,16 +115,21 @@ def linear_shapes(name: str, *, revision: str | None = None) -> Mapping[str, tup
     Raises:
         HubError: the config cannot be had. InputError: it is not a language model that transformers knows.
     """
+    from recycler.engine.sites import linear_shapes as shapes
+
+    return shapes(skeleton(name, revision=revision))
+
+
+def skeleton(name: str, *, revision: str | None = None) -> Any:
+    """A base without weights, on the meta device, from its config.json alone. Raises as `linear_shapes`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from recycler.engine.sites import linear_shapes as shapes
 
     with _quiet(), _explained(name):
         config = _config(name, {"revision": revision, "local_files_only": _files(name, revision) is None})
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            return shapes(auto.from_config(config))
+            return auto.from_config(config, **_NO_CODE)
 
 
 def fingerprint(model: Any) -> str:
@@ -185,7 +191,7 @@ def _refuse_pickles(name: str, files: Iterable[str]) -> None:
 def _config(name: str, where: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, **where)
+    return AutoConfig.from_pretrained(name, **{**where, **_NO_CODE})
 
 
 @contextmanager

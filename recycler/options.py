@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recycler.zoo.errors import RecycleError, UsageError
+from recycler.zoo.untrusted import OBEYED
 
 if TYPE_CHECKING:
     from recycler.zoo.store import Zoo
@@ -110,4 +111,6 @@ def _of_the_system(error: Exception) -> RecycleError | None:
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """On stdout, readable, with what a terminal would obey spelled out as JSON spells it: it stands in strings only."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    click.echo(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
