@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,19 +96,87 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("method", ["arrow", "uniform"])
-def test_no_tensor_of_tokens_by_adapters_by_outputs_exists(method: str) -> None:
+def test_no_tensor_of_tokens_by_adapters_by_outputs_exists(method: str, biased: bool) -> None:
     """64 adapters of rank 1 on a wide linear: nothing larger than tokens × max(rank rows + gate rows, d_out)."""
     count, width, tokens = 64, 256, 512
     torch.manual_seed(0)
     base = _OneLinear(width)
-    factors = {f"a{e:02}": Factors(torch.randn(1, width), torch.randn(width, 1)) for e in range(count)}
+    bias_O = torch.randn(width) if biased else None
+    factors = {f"a{e:02}": Factors(torch.randn(1, width), torch.randn(width, 1), None, bias_O) for e in range(count)}
     router = methods()[method].fit(_Fit(base, factors), None, methods()[method].Config())
     engine = Attachment(base, {"proj": factors}, list(factors), router, groups=_Fit.groups(width))
     with torch.no_grad(), _Largest() as seen:
         base(torch.randn(1, tokens, width))
     assert seen.numel <= tokens * max(2 * count, width)
     assert engine.groups[0].width == width
+
+
+def _mixed(base: _OneLinear, factors: dict[str, Factors], x_BTD: torch.Tensor, w_BTE: torch.Tensor) -> torch.Tensor:
+    """What the engine should answer, adapter by adapter, in fp64."""
+    weight_OD, x_BTD = base.proj.weight.double(), x_BTD.double()
+    plain_BTO = x_BTD @ weight_OD.T
+    y_BTO = plain_BTO + base.proj.bias.double()
+    for e, update in enumerate(factors.values()):
+        delta_OD = update.b_OR.double() @ update.a_RD.double()
+        own_BTO = x_BTD @ delta_OD.T
+        if update.magnitude_O is not None:
+            c_O = update.magnitude_O.double() / (weight_OD + delta_OD).norm(dim=1)
+            own_BTO = (c_O - 1) * plain_BTO + c_O * own_BTO
+        if update.bias_O is not None:
+            own_BTO = own_BTO + update.bias_O.double()
+        y_BTO = y_BTO + w_BTE[..., e : e + 1].double() * own_BTO
+    return y_BTO
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4)], ids=["one mixture", "one a row", "one a token"])
+@pytest.mark.parametrize("flat", [False, True])
+@torch.no_grad()
+def test_biases_and_magnitudes_are_mixed_with_their_weights(shape: tuple[int, ...], flat: bool) -> None:
+    """Of four adapters one is plain, two have a bias of B, and one is a DoRA; the linear has a bias of its own."""
+    torch.manual_seed(0)
+    base = _OneLinear(16)
+    update = [Factors(torch.randn(r, 16), torch.randn(16, r)) for r in (2, 3, 1, 4)]
+    factors = {
+        "math": update[0],
+        "law": replace(update[1], bias_O=torch.randn(16)),
+        "poem": replace(update[2], magnitude_O=torch.rand(16) + 1),
+        "code": replace(update[3], bias_O=torch.randn(16)),
+    }
+    group = _Fit.groups(16)
+    engine = Attachment(base, {"proj": factors}, list(factors), groups=group)
+    x_BTD, w = torch.randn(2, 3, 16), torch.randn(shape)
+    w_BTE = w.view(*w.shape[:-1], *[1] * (3 - w.dim()), 4).expand(2, 3, 4)
+    with engine.control.set(enabled=False):
+        expected = _mixed(base, factors, x_BTD, w_BTE)
+    record: dict[str, torch.Tensor] = {}
+    if flat and w.dim() < 3:  # a model that flattens its tokens: what is forced has a row for every token, or one for all
+        w = w if w.dim() == 1 else w_BTE.reshape(1, 6, 4)
+    with engine.control.set(forced=w, record=None if flat else record):
+        routed = base(x_BTD.flatten(0, 1) if flat else x_BTD).view(2, 3, 16)
+    torch.testing.assert_close(routed.double(), expected, rtol=1e-5, atol=1e-5)
+    if not flat:
+        torch.testing.assert_close(record["proj"], w_BTE)
+
+
+def test_a_bias_moves_with_its_model_and_takes_gradients() -> None:
+    torch.manual_seed(0)
+    base = _OneLinear(16)
+    factors = {"math": Factors(torch.randn(2, 16), torch.randn(16, 2), None, torch.randn(16))}
+    engine = Attachment(base, {"proj": factors}, ["math"], groups=_Fit.groups(16))
+    x, w = torch.randn(1, 3, 16), torch.full((1,), 0.5, requires_grad=True)
+    with engine.control.set(forced=w):
+        base(x).sum().backward()
+    update_BTO = x @ (factors["math"].b_OR @ factors["math"].a_RD).T + factors["math"].bias_O
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, update_BTO.sum().view(1))
+    half, engine = base.to(torch.bfloat16), engine.to(torch.bfloat16)
+    with torch.no_grad(), engine.control.set(forced=w):
+        routed = half(x.bfloat16())
+        bare = torch.nn.functional.linear(x.bfloat16(), half.proj.weight, half.proj.bias)
+    assert routed.dtype == torch.bfloat16
+    torch.testing.assert_close((routed - bare).float(), 0.5 * update_BTO.detach(), rtol=5e-2, atol=1e-1)
 
 
 class _OneLinear(torch.nn.Module):
@@ -213,14 +282,15 @@ def test_a_quantised_linear_is_only_added_to() -> None:
     base = _OneLinear(16)
     base.proj = _Int8(base.proj)  # type: ignore[assignment]
     kept = base.proj.weight.clone()
-    update = Factors(torch.randn(2, 16), torch.randn(16, 2))
+    bias_O = torch.randn(16)
+    update = Factors(torch.randn(2, 16), torch.randn(16, 2), None, bias_O)
     x = torch.randn(1, 3, 16)
     bare = base(x)
     engine = Attachment(base, {"proj": {"math": update}}, ["math"], groups=_Fit.groups(16))
     with engine.control.set(forced=torch.ones(1)):
         routed = base(x)
     assert routed.dtype == torch.bfloat16 and torch.equal(base.proj.weight, kept)
-    torch.testing.assert_close(routed, bare + (x @ (update.b_OR @ update.a_RD).T).bfloat16(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(routed, bare + (x @ (update.b_OR @ update.a_RD).T + bias_O).bfloat16(), rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_reach_a_mixture(llama: Pico) -> None:

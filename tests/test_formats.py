@@ -16,12 +16,13 @@ import torch
 from adapters import PREFIX, SHAPES, tensors, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 
 from recycler.zoo import config, formats, inspect, match, patterns
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, RecycleError, SecurityError
+from recycler.zoo.kinds import kind_of
 
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
@@ -95,6 +96,7 @@ def test_deltas_are_those_of_peft(tmp_path: Path, options: dict[str, Any]) -> No
     assert receipt.parameters == adapter.parameters
     assert receipt.ranks == adapter.ranks
     assert receipt.kinds == (("rsLoRA",) if options.get("use_rslora") else ("LoRA",))
+    assert "+".join(receipt.kinds) == kind_of(json.loads((tmp_path / "adapter_config.json").read_text())).name
     assert "nothing left over" in str(receipt)
 
 
@@ -120,6 +122,7 @@ def test_dora_is_exact(tmp_path: Path, rslora: bool) -> None:
     model.save_pretrained(tmp_path)
     adapter, receipt = formats.read(tmp_path, "math")
     assert receipt.kinds == (("rsLoRA", "DoRA") if rslora else ("DoRA",))
+    assert "+".join(receipt.kinds) == kind_of(json.loads((tmp_path / "adapter_config.json").read_text())).name
     for path, factors in adapter.sites.items():
         layer = model.base_model.model.get_submodule(path)
         weight = layer.base_layer.weight
@@ -205,12 +208,12 @@ def test_a_pattern_that_never_ends_is_stopped() -> None:
 
 
 def test_defaults_and_nulls_of_old_configs_are_fine(tmp_path: Path) -> None:
-    old: dict[str, Any] = dict.fromkeys(["fan_in_fan_out", "use_rslora", "enable_lora", "bias"])
-    old |= {"merge_weights": False, "modules_to_save": [], "velora_config": {"rank": 1}}
+    old: dict[str, Any] = dict.fromkeys(["fan_in_fan_out", "use_rslora", "enable_lora", "bias", "use_marvel"])
+    old |= {"merge_weights": True, "modules_to_save": [], "velora_config": {"rank": 1}}
     old |= {"auto_mapping": {"parent_library": "evil"}}
     _, receipt = formats.read(write(tmp_path, **old), "math")
     text = " ".join(receipt.notes)
-    assert "enable_lora" in text and "merge_weights" in text and "velora_config" in text
+    assert "use_marvel" in text and "velora_config" in text
     assert "nothing was imported" in text
     assert not receipt.warnings
 
@@ -221,7 +224,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt method": ({"peft_type": "FORZEN_MA_LORA"}, "FORZEN_MA_LORA"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save.*lm_head"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "lora_bias": ({"lora_bias": True}, r"lora_bias is set but lora_B\.bias is missing"),
+    "enable_lora": ({"enable_lora": [True, False, True]}, "enable_lora.*fused linear"),
     "bias": ({"bias": "all"}, "bias.*all"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
@@ -232,7 +236,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "parameters": ({"target_parameters": ["experts.up"]}, "target_parameters"),
     "arrow": ({"arrow_config": {"top_k": 2}}, "arrow_config"),
     "megatron": ({"megatron_config": {"tp": 2}}, "megatron_config"),
-    "pissa": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+    "pissa": ({"init_lora_weights": "pissa_niter_16"}, "PiSSA.*random numbers"),
     "olora": ({"init_lora_weights": "olora"}, "olora"),
     "corda": ({"init_lora_weights": "corda"}, "corda"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq"),
@@ -290,6 +294,8 @@ def test_a_config_of_many_megabytes_is_not_parsed(tmp_path: Path) -> None:
 def test_every_field_that_peft_knows_is_known_here() -> None:
     known = config._READ | config._WITHOUT_EFFECT | config._UNSUPPORTED.keys()
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    known |= config._ADALORA_READ | config._ADALORA_WITHOUT_EFFECT
+    assert {field.name for field in dataclasses.fields(AdaLoraConfig)} <= known
 
 
 def test_control_characters_are_spelled_out(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ patterns) is folded into B once, in fp32, when the adapter is read; nothing down
 DoRA is kept exactly. It replaces W + BA by ``c ⊙ (W + BA)`` with ``c = m / ‖W + BA‖`` per output row, so its update is
 ``(c − 1) ⊙ (W x) + c ⊙ (B A x)``. Only m is the adapter's own; c needs the base and is computed where both meet.
 
+Where B has a bias b (``lora_bias``), the update is ``B A x + b``, b with the same scaling folded in.
+
 Dimensions in names: R rank, D input width, O output width.
 """
 
@@ -27,11 +29,13 @@ class Factors:
         a_RD: the down projection A.
         b_OR: the up projection B with the scaling folded in.
         magnitude_O: DoRA's magnitude m, or None for a plain low-rank update.
+        bias_O: the bias of B with the scaling folded in, or None: the update is ``B A x + bias``. Never beside a magnitude.
     """
 
     a_RD: Tensor
     b_OR: Tensor
     magnitude_O: Tensor | None = None
+    bias_O: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -72,5 +76,5 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors hold."""
+        """How many numbers A and B hold, over all sites."""
         return sum(f.a_RD.numel() + f.b_OR.numel() for f in self.sites.values())

@@ -4,7 +4,8 @@ Ranks are concatenated, never padded: the down projections of all adapters and a
 group costs one shrink GEMM and one gate computation, and a site one `addmm`. No tensor of size tokens × adapters × d_out
 ever exists. The layout and its cost model are the reason for this file; it knows nothing about models or methods.
 
-Dimensions in names: B batch, T token, D input width, O output width, E adapter, R rank row, S site of the group, K DoRA adapter.
+Dimensions in names: B batch, T token, D input width, O output width, E adapter, R rank row, S site of the group, K adapter with
+something besides factors (a DoRA magnitude, or a bias).
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Bank(nn.Module):
         self.spans: list[tuple[int, int]] = []
         self._keys = [f"b{s}_RO" for s in range(len(group.sites))]
         self._dora: list[bool] = []
+        self._bias: list[bool] = []
         for s, site in enumerate(group.sites):
             start, ups = len(expert), []
             for name in sorted(factors[site], key=index.__getitem__):
@@ -117,7 +119,7 @@ class Bank(nn.Module):
         ups: list[Tensor],
         linear: nn.Module,
     ) -> None:
-        """Registers B of one site, rank-major [R, O], and DoRA's output scales c − 1 where an adapter has them."""
+        """Registers B of one site, rank-major [R, O], and where adapters have them DoRA's output scales c − 1 and biases of B."""
         device, dtype = placement(linear)
         dora = [name for name in sorted(factors, key=index.__getitem__) if factors[name].magnitude_O is not None]
         scale_KO = None
@@ -139,6 +141,12 @@ class Bank(nn.Module):
         self.register_buffer(f"dora{s}_KO", scale_KO, persistent=False)
         dora_K = torch.tensor([index[name] for name in dora], device=device) if dora else None
         self.register_buffer(f"dora{s}_K", dora_K, persistent=False)
+        biases = {index[name]: update.bias_O for name, update in factors.items() if update.bias_O is not None}
+        self._bias.append(bool(biases))
+        if biases:  # in the order of their adapters, so that sums do not depend on the order of a mapping
+            bias_KO = torch.stack([biases[e] for e in sorted(biases)]).to(device, dtype)
+            self.register_buffer(f"bias{s}_KO", bias_KO, persistent=False)
+            self.register_buffer(f"bias{s}_K", torch.tensor(sorted(biases), device=device), persistent=False)
 
     def follow(self, leader: Bank | None) -> None:
         """Reuses another bank's decisions instead of a gate's; None ends that. A bank that leads must not follow."""
@@ -162,8 +170,15 @@ class Bank(nn.Module):
             out_NO = torch.addmm(y_NO, h_NR[:, start:stop], b_RO)
         else:  # a quantised linear may answer in another dtype than the adapters are kept in
             out_NO = y_NO + (h_NR[:, start:stop] @ b_RO).to(y_NO.dtype)
-        if self._dora[s]:
+        if self._dora[s] or self._bias[s]:
             w_BTE = w_BTSE[..., s if w_BTSE.shape[-2] > 1 else 0, :]
+            if w_BTE.dim() > y_BTO.dim():  # a model that flattens its tokens before the linear
+                w_BTE = w_BTE.flatten(0, -2)
+        if self._bias[s]:
+            bias_KO = getattr(self, f"bias{s}_KO")
+            bias_BTO = w_BTE[..., getattr(self, f"bias{s}_K")].to(bias_KO.dtype) @ bias_KO
+            out_NO = (out_NO.view(y_BTO.shape) + bias_BTO.to(out_NO.dtype)).view(out_NO.shape)
+        if self._dora[s]:
             dora_K = getattr(self, f"dora{s}_K")
             scale_BTO = w_BTE[..., dora_K].to(y_BTO.dtype) @ getattr(self, f"dora{s}_KO")
             plain_BTO = y_BTO if bias_O is None else y_BTO - bias_O
