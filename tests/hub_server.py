@@ -10,9 +10,11 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -67,6 +69,11 @@ class Repo:
     disabled: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    downloads: int = 0
+    likes: int = 0
+    created: str = _WHEN
+    modified: str = _WHEN
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
         """Add a commit that holds exactly `files`, point `ref` at it, and return its sha."""
@@ -79,9 +86,11 @@ class Repo:
         return revision if revision in self.commits else self.refs.get(revision)
 
     def card(self, sha: str) -> dict[str, Any]:
-        readme = self.commits[sha].get("README.md")
-        head = re.match(rb"---\n(.*?)\n---", readme.data, re.DOTALL) if readme else None
-        return dict(yaml.safe_load(head[1])) if head else {}
+        if sha not in self.cards:  # a list looks at every repository's, for every page
+            readme = self.commits[sha].get("README.md")
+            head = re.match(rb"---\n(.*?)\n---", readme.data, re.DOTALL) if readme else None
+            self.cards[sha] = dict(yaml.safe_load(head[1])) if head else {}
+        return self.cards[sha]
 
     def tags(self, sha: str) -> list[str]:
         card = self.card(sha)
@@ -98,7 +107,13 @@ class Repo:
             more = {"size": len(file.data), "blobId": file.oid, **file.lfs("sha256")} if blobs else {}
             siblings.append({"rfilename": file.path, **more})
         known = {"id": self.id, "private": self.private, "gated": self.gated, "disabled": self.disabled}
-        counts = {"likes": 0, "downloads": 0, "createdAt": _WHEN, "lastModified": _WHEN}
+        counts = {
+            "likes": self.likes,
+            "downloads": self.downloads,
+            "createdAt": self.created,
+            "lastModified": self.modified,
+            "library_name": self.card(sha).get("library_name"),
+        }
         content = {"sha": sha, "tags": self.tags(sha), "cardData": self.card(sha), "siblings": siblings}
         return {
             "_id": self.id,
@@ -115,7 +130,9 @@ class Fault:
     """What goes wrong with a request whose "METHOD /path?query" matches `pattern`, `times` times.
 
     `kind` is "status" (answer `status` with `headers`), "reset" (TCP RST), "flip" (the last byte is changed),
-    "cut" (the body ends after `keep` bytes) or "body" (answer 200 with `body`).
+    "cut" (the body ends after `keep` bytes), "body" (answer 200 with `body`), "header" (as it would be, but with `headers`),
+    "stall" (nothing, or with `keep` that many bytes of the body, and then silence), "break" (a reset after `keep` bytes of the
+    body) or "drip" (`keep` bytes of the body every `seconds`).
     """
 
     pattern: str
@@ -125,6 +142,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     keep: int = 0
     body: bytes = b""
+    seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,7 @@ class Request:
     method: str
     path: str
     headers: Mapping[str, str]
+    at: float = field(default_factory=time.monotonic)
 
     @property
     def line(self) -> str:
@@ -144,16 +163,25 @@ class Request:
 class Hub:
     """Two servers, their data, their log and their faults."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        self.certificate = certificate  # with its key: both origins speak TLS, and errors are those of the real Hub
+        self.closed = threading.Event()
         self.repos: dict[str, Repo] = {}
         self.tokens: dict[str, set[str]] = {}  # token → private and gated repositories it may read
         self.renamed: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.page = 100
+        self.xet: dict[str, str] = {}  # sha256 of a large file → its hash in the Xet store at `xet_store`
+        self.xet_store = ""
+        self.link: Callable[[str], str] = lambda following: following  # what the lists' Link header says in place of it
+        self.collections: dict[str, list[tuple[str, str]]] = {}  # slug → (type, id)
+        self.budgets: dict[str, int] = {}  # "api" or "resolvers" → requests left; then 429
+        self.window = 300  # seconds until the budgets are full again, as answers say
         self._lock = threading.Lock()
         self._servers = [_serve(self, _HubHandler), _serve(self, _CdnHandler)]
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        scheme = "https" if certificate else "http"
+        self.url, self.cdn = (f"{scheme}://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def add(self, repo: str, files: Mapping[str, bytes] | Path, **options: Any) -> Repo:
         """A new repository with one commit, from contents or from a folder."""
@@ -163,8 +191,26 @@ class Hub:
         made.commit(files)
         return made
 
+    def fill(self, count: int, files: Mapping[str, bytes], base: str = "org/base") -> list[Repo]:
+        """`count` adapters of `base` that share their files, the first with the most downloads. Cheap: no folders, no YAML."""
+        made = []
+        for number in range(count):
+            repo = self.add(f"org/adapter-{number:04}", files, downloads=count - number)
+            card = {"base_model": base, "library_name": "peft", "license": "mit", "tags": ["lora"]}
+            repo.cards[repo.refs["main"]] = card
+            made.append(repo)
+        return made
+
     def fault(self, pattern: str, kind: str, **options: Any) -> None:
         self.faults.append(Fault(pattern, kind, **options))
+
+    def spend(self, bucket: str) -> int | None:
+        """Take a request off a budget and return what is left; None where it was used up."""
+        with self._lock:
+            left = self.budgets.get(bucket, 500) - 1
+            if bucket in self.budgets:
+                self.budgets[bucket] = max(left, 0)
+        return left if left >= 0 else None
 
     def lines(self, pattern: str = "") -> list[str]:
         """The logged "METHOD /path" that match."""
@@ -180,6 +226,7 @@ class Hub:
         return None
 
     def close(self) -> None:
+        self.closed.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -206,6 +253,10 @@ def _serve(hub: Hub, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
     bound = type(handler.__name__, (handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
     server.daemon_threads = True
+    if hub.certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(hub.certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     return server
 
@@ -240,23 +291,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         request = Request(self.origin, self.command, self.path, dict(self.headers.items()))
         fault = self.hub.take_fault(request)
+        bucket = "resolvers" if "/resolve/" in self.path else "api"
+        counted = self.origin == "hub" and "/resolve-cache/" not in self.path
+        self.left = self.hub.spend(bucket) if counted else 499
         try:
+            if self.left is None:
+                raise _Answer(429, error="Too many requests")
             if fault and fault.kind == "status":
                 raise _Answer(fault.status, error="fault", **dict(fault.headers))
             if fault and fault.kind == "body":
                 raise _Answer(200, fault.body)
             if fault and fault.kind == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return self.reset()
+            if fault and fault.kind == "stall" and not fault.keep:
+                self.hub.closed.wait(fault.seconds)
                 self.close_connection = True
-                return self.connection.close()
+                return
             self.route()
         except _Answer as answer:
             try:
                 self.send(answer, fault)
-            except (BrokenPipeError, ConnectionResetError):
+            except (ConnectionError, ssl.SSLError):
                 self.close_connection = True
 
     do_GET = do_HEAD = do_POST = answer
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, ssl.SSLError):  # clients that were killed, or lost patience
+            self.close_connection = True
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
 
     def route(self) -> None:
         raise NotImplementedError
@@ -270,16 +339,28 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {
             "Content-Length": str(len(body)),
             "X-Request-Id": "test",
-            "RateLimit": f'"{kind}";r=499;t=300',
+            "RateLimit": f'"{kind}";r={self.left or 0};t={self.hub.window}',
             "RateLimit-Policy": f'"fixed window";"{kind}";q=500;w=300',
         }
-        for key, value in {**headers, **answer.headers}.items():
+        forged = fault.headers if fault and fault.kind == "header" else {}
+        for key, value in {**headers, **answer.headers, **forged}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
-            cut = fault is not None and fault.kind == "cut"
-            self.wfile.write(body[: fault.keep] if cut and fault else body)
-            self.close_connection = self.close_connection or cut
+        if self.command == "HEAD":
+            return
+        if fault is None or fault.kind not in ("cut", "stall", "break", "drip"):
+            self.wfile.write(body)
+            return
+        pieces = [body[: fault.keep]]
+        if fault.kind == "drip":
+            pieces = [body[at : at + fault.keep] for at in range(0, len(body), fault.keep)]
+        for piece in pieces:
+            self.wfile.write(piece)
+            if fault.kind in ("drip", "stall") and self.hub.closed.wait(fault.seconds):
+                break
+        if fault.kind == "break":
+            return self.reset()
+        self.close_connection = self.close_connection or fault.kind != "drip"
 
     def ranged(self, data: bytes, **headers: str) -> _Answer:
         headers = {"Accept_Ranges": "bytes", **headers}
@@ -317,10 +398,12 @@ class _HubHandler(_Handler):
         repo_id = r"(?P<id>[^/]+/[^/]+)"
         routes = {
             r"/api/models": self.models,
+            r"/api/collections/(?P<slug>[^/]+/[^/]+)": self.collection,
             rf"/api/models/{repo_id}(?:/revision/(?P<rev>[^/]+))?": self.info,
             rf"/api/models/{repo_id}/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?": self.tree,
             rf"/api/models/{repo_id}/paths-info/(?P<rev>[^/]+)": self.paths_info,
             rf"/api/models/{repo_id}/refs": self.refs,
+            rf"/api/models/{repo_id}/xet-read-token/(?P<rev>[^/]+)": self.xet_token,
             rf"/api/models/{repo_id}/auth-check": self.auth_check,
             rf"/api/resolve-cache/models/{repo_id}/(?P<rev>[^/]+)/(?P<path>.+)": self.small,
             rf"/{repo_id}/resolve/(?P<rev>[^/]+)/(?P<path>.+)": self.resolve,
@@ -346,7 +429,8 @@ class _HubHandler(_Handler):
         if repo is None or (repo.private and repo.id not in allowed):
             if self.token:
                 raise _Answer(404, code="RepoNotFound", error="Repository not found")
-            raise _Answer(401, code="RepoNotFound", error="Invalid username or password.")
+            code = "" if self.hub.certificate else "RepoNotFound"  # the client takes a bare 401 for what it is over TLS only
+            raise _Answer(401, code=code, error="Invalid username or password.")
         if repo.disabled:
             raise _Answer(403, error="Access to this resource is disabled.")
         return repo
@@ -383,14 +467,27 @@ class _HubHandler(_Handler):
             )
 
         found = [repo for _, repo in sorted(self.hub.repos.items()) if fits(repo)]
+        attribute = {"downloads": "downloads", "likes": "likes", "lastModified": "modified", "createdAt": "created"}
+        if wanted := query.get("sort"):
+            found.sort(key=lambda repo: getattr(repo, attribute[wanted[0]]), reverse=True)
         start = int(query.get("cursor", ["0"])[0])
         size = min(int(query.get("limit", [str(self.hub.page)])[0]), self.hub.page)
         page = [repo.info(repo.refs["main"], False) for repo in found[start : start + size]]
+        if asked := query.get("expand"):
+            page = [{key: one[key] for key in ("_id", "id", *asked) if key in one} for one in page]
         more = {}
         if start + size < len(found):
             following = urlencode({**query, "cursor": [str(start + size)]}, doseq=True)
-            more["Link"] = f'<{self.hub.url}/api/models?{following}>; rel="next"'
+            more["Link"] = f'<{self.hub.link(f"{self.hub.url}/api/models?{following}")}>; rel="next"'
         raise _Answer(200, page, **more)
+
+    def collection(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        items = self.hub.collections.get(at["slug"])
+        if items is None:
+            raise _Answer(404, error="Collection not found")
+        listed = [{"_id": str(n), "position": n, "type": kind, "id": name} for n, (kind, name) in enumerate(items)]
+        about = {"slug": at["slug"], "title": "t", "owner": {}, "position": 0, "private": False, "theme": "blue", "upvotes": 0}
+        raise _Answer(200, {**about, "lastUpdated": _WHEN, "items": listed})
 
     def info(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
         repo, sha = self.at(at)
@@ -426,6 +523,11 @@ class _HubHandler(_Handler):
         self.open(self.repo(at))
         raise _Answer(200, {})
 
+    def xet_token(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        self.open(self.at(at)[0])
+        expires = str(int(time.time()) + 3600)
+        raise _Answer(200, {}, X_Xet_Cas_Url=self.hub.xet_store, X_Xet_Access_Token="t", X_Xet_Token_Expiration=expires)
+
     def file(self, at: Mapping[str, str]) -> tuple[Repo, str, File]:
         repo, sha = self.at(at)
         self.open(repo)
@@ -443,6 +545,9 @@ class _HubHandler(_Handler):
         if file.large:
             location = f"{self.hub.cdn}/repos/{repo.id}/{file.sha256}?Expires=1&Signature=s"
             linked = {"X_Linked_Etag": f'"{file.sha256}"', "X_Linked_Size": str(len(file.data))}
+            if file.sha256 in self.hub.xet:
+                linked["X_Xet_Hash"] = self.hub.xet[file.sha256]
+                linked["Link"] = f'<{self.hub.url}/api/models/{repo.id}/xet-read-token/{sha}>; rel="xet-auth"'
             raise _Answer(302, b"Found. Redirecting", Location=location, X_Repo_Commit=sha, **linked)
         location = f"/api/resolve-cache/models/{repo.id}/{sha}/{quote(file.path)}?etag={file.oid}"
         raise _Answer(307, Location=location, X_Repo_Commit=sha, X_Linked_Etag=f'"{file.oid}"')
