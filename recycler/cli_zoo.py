@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from recycler.cli_check import zoo_check, zoo_health, zoo_licences
 from recycler.options import Group, as_json, as_text, in_zoo, open_zoo, print_json
 
 
@@ -110,3 +111,7 @@ def zoo_path_command(name: str | None, zoo_path: str | None, as_json: bool) -> N
         print_json({"schema_version": 1, "path": path})
     else:
         click.echo(path)
+
+
+for command in (zoo_check, zoo_health, zoo_licences):
+    zoo_group.add_command(command)
