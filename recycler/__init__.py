@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recycler.build import build_router, profile
+    from recycler.checking import check
     from recycler.composition import compose, load
     from recycler.evaluation import evaluate
+    from recycler.extraction import extract
     from recycler.fetching import fetch
     from recycler.profiles import Profile
     from recycler.routed import RoutedModel
     from recycler.routers.base import Router
+    from recycler.searching import search
     from recycler.shots import Shots
     from recycler.zoo.adapter import Adapter
     from recycler.zoo.errors import RecycleError
@@ -36,16 +39,19 @@ _HOME = {
     "Shots": "recycler.shots",
     "Zoo": "recycler.zoo.store",
     "build_router": "recycler.build",
+    "check": "recycler.checking",
     "compose": "recycler.composition",
     "evaluate": "recycler.evaluation",
+    "extract": "recycler.extraction",
     "fetch": "recycler.fetching",
     "load": "recycler.composition",
     "profile": "recycler.build",
+    "search": "recycler.searching",
 }
 
 __all__ = [
-    "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "build_router", "compose", "evaluate",
-    "fetch", "load", "profile",
+    "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "build_router", "check", "compose", "evaluate",
+    "extract", "fetch", "load", "profile", "search",
 ]  # fmt: skip
 
 

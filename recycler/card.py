@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recycler.zoo import licences
 from recycler.zoo.match import is_hub_id
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
     router = model.router
     assert router is not None
     base, adapters = manifest["base"]["id"], manifest["adapters"]
-    licences = sorted({a["licence"] for a in adapters if a["licence"]})
+    roll = licences.roll_up({a["name"]: a["licence"] for a in adapters})
     sources = [a["source"] for a in adapters if a["revision"]]  # only Hub ids belong in the header
     header: dict[str, Any] = {
         "library_name": "recycler",
@@ -29,8 +30,10 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         "base_model_relation": "merge",
         "tags": ["lora", "mixture-of-experts", "recycler"],
     }
-    if len(licences) == 1 and all(a["licence"] for a in adapters):
-        header["license"] = licences[0]
+    if roll.single:
+        header["license"] = roll.single
+    elif roll.by_licence:  # where none is stated at all, nothing can be said in one word
+        header |= {"license": "other", "license_name": "several-licences"}
     own = (router.facts.get("profile") or {}).get("own", {})
     rows = [
         f"| {a['name']} | {_plain(a['source'])} | {(a['revision'] or '')[:12]} | {_plain(a['licence'] or 'not stated')} "
@@ -38,7 +41,6 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         for a in adapters
     ]
     options = ", ".join(f"{key}={value}" for key, value in vars(router.config).items())
-    unstated = [a["name"] for a in adapters if not a["licence"]]
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
@@ -52,10 +54,8 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Licences: {', '.join(map(_plain, licences)) or 'none stated'}"
-        + (f"; not stated for {', '.join(unstated)}." if unstated else ".")
-        + " The model as a whole is bound by all of them, and by the base's.",
-        "",
+        *_licences(roll),
+        *_cut(model),
         "```python",
         "import recycler",
         "",
@@ -69,6 +69,31 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _licences(roll: licences.RollUp) -> list[str]:
+    """Which licences the adapters state, and what they ask together."""
+    rows = [
+        f"| {_plain(one)} | {_plain('; '.join(licences.SENTENCES[term] for term in licences.terms(one))) or '–'} | {', '.join(names)} |"
+        for one, names in roll.by_licence.items()
+    ]
+    table = ["| licence | asks | adapters |", "|---|---|---|", *rows, ""] if rows else []
+    unstated = f"; not stated for {', '.join(roll.unstated)}" if roll.unstated else ""
+    return [
+        *table,
+        f"Licences: {_plain(', '.join(roll.by_licence)) or 'none stated'}{unstated}. Together: {_plain(roll.verdict)}. The model as a "
+        f"whole is bound by all of them, and by the base's. {licences.DISCLAIMER}",
+        "",
+        *(line for one in roll.conflicts for line in (f"Licences in conflict: {_plain(str(one))}.", "")),
+    ]
+
+
+def _cut(model: RoutedModel) -> list[str]:
+    """Which adapters were cut to a lower rank for this model, and what that lost."""
+    if not model.truncated:
+        return []
+    rows = [f"- {_plain(cut.line(name))}" for name, cut in model.truncated.items()]
+    return ["Cut to a lower rank for this model (relative error of the update, ‖ΔW − ΔW′‖ / ‖ΔW‖):", "", *rows, ""]
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 
 import click
 
+from recycler.cli_convert import extract_command
+from recycler.cli_fetch import fetch_command
+from recycler.cli_find import search_command
 from recycler.cli_zoo import zoo_group
 from recycler.options import (
     Group,
@@ -45,53 +48,9 @@ def main() -> None:
     """
 
 
-@main.command()
-@click.argument("sources", nargs=-1, required=True)
-@click.option("--as", "names", multiple=True, metavar="NAME", help="A name for each source, in order.")
-@with_base
-@click.option("--dry-run", is_flag=True, help="Say what would come, and keep nothing.")
-@click.option(
-    "--max-size", type=click.IntRange(min=1), metavar="MB", help="The most that one adapter may hold; by default 2147."
-)
-@in_zoo
-@as_json
-def fetch(
-    sources: tuple[str, ...],
-    names: tuple[str, ...],
-    base: str | None,
-    dry_run: bool,
-    max_size: int | None,
-    zoo_path: str | None,
-    as_json: bool,
-) -> None:
-    """Bring adapters into the zoo, vetted and pinned.
-
-    SOURCES are Hub ids (org/name[@revision][/subfolder]), folders, or folders of adapter folders. One bad adapter among many
-    does not stop the others (exit code 6, and a summary).
-
-    \b
-    Examples:
-      recycle fetch org/math-lora org/law-lora@v2 --base org/base
-      recycle fetch ./my-lora --as my-math --base ./base-folder
-      recycle fetch ./adapters --base ./base-folder --dry-run
-    """
-    from recycler.fetching import fetch as run
-    from recycler.terminal import say
-
-    def event(stage: str, name: str, text: str) -> None:
-        if stage in ("kept", "checked") and not as_json:  # what failed is said at the end
-            say(text)
-
-    limit: dict[str, Any] = {} if max_size is None else {"max_bytes": max_size * 10**6}
-    report = run(list(sources), base, open_zoo(zoo_path), names=list(names) or None, dry_run=dry_run, on_event=event, **limit)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        for one in report.fetched:
-            click.echo(one.name)
-    report.raise_for_failures()
-
-
+main.add_command(fetch_command)
+main.add_command(search_command)
+main.add_command(extract_command)
 main.add_command(zoo_group)
 
 
@@ -254,23 +213,38 @@ def build_router(
 @main.command()
 @click.option("--router", "router_name", required=True, help="A router's folder, or its name in the zoo.")
 @click.option("--out", required=True, type=click.Path(), help="The model's folder; must be new or empty.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="Cut adapters of a higher rank to this one; says what that loses.")
+@click.option("--license-allow", metavar="A,B", help="Comma-separated licences; any other is an error (exit code 3).")
+@click.option("--strict", is_flag=True, help="Missing licences, unrecognised ones and conflicts are errors too.")
 @click.option("--force", is_flag=True, help="Replace a composed model that is there.")
 @with_base
 @in_zoo
-def compose(router_name: str, out: str, force: bool, base: str | None, zoo_path: str | None) -> None:
+def compose(
+    router_name: str, out: str, max_rank: int | None, license_allow: str | None, strict: bool, force: bool, base: str | None,
+    zoo_path: str | None,
+) -> None:  # fmt: skip
     """Put adapters and router together into one directory.
 
     \b
-    Example:
+    Examples:
       recycle compose --router gates/ --out model/
+      recycle compose --router gates/ --out small/ --max-rank 8
+      recycle compose --router gates/ --out free/ --license-allow apache-2.0,mit --strict
     """
     from recycler.composition import compose as run
     from recycler.terminal import say
+    from recycler.zoo.licences import roll_up
 
-    model = run(open_zoo(zoo_path), router_name, out, base=base, force=force)
+    model = run(
+        open_zoo(zoo_path), router_name, out, base=base, force=force, max_rank=max_rank,
+        license_allow=None if license_allow is None else license_allow.split(","), strict=strict,
+    )  # fmt: skip
     for warning in model.warnings:
         say(f"warning: {warning}")
+    for name, cut in model.truncated.items():
+        say(cut.line(name))
     say(f"{len(model.names)} adapters on {len(model.sites)} sites, {model.extra_bytes / 1e6:.1f} MB beside the base")
+    say(f"licences: {roll_up({adapter.name: adapter.licence for adapter in model.adapters}).verdict}")
     click.echo(out)
 
 

@@ -3,7 +3,7 @@
 ::
 
     model/  recycle.json            base, adapters (name, source, sha256), versions; written last
-            adapters/<name>/        PEFT's files, as fetched: each still loads in PEFT
+            adapters/<name>/        PEFT's files, as fetched or cut to --max-rank: each still loads in PEFT
             router/                 router.json, router.safetensors
             README.md               model card
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +27,11 @@ from recycler.build import base_of, read_adapters, router_folder
 from recycler.card import card
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
-from recycler.zoo import formats
+from recycler.truncation import Truncation, truncate
+from recycler.zoo import formats, licences
+from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
+from recycler.zoo.lowrank import check_dials
 from recycler.zoo.manifest import check_name
 from recycler.zoo.match import place
 from recycler.zoo.store import Zoo
@@ -42,6 +47,9 @@ def compose(
     *,
     base: str | Base | None = None,
     force: bool = False,
+    max_rank: int | None = None,
+    license_allow: Iterable[str] | None = None,
+    strict: bool = False,
     **loading: Any,
 ) -> RoutedModel:
     """Puts base, adapters and router together.
@@ -51,12 +59,17 @@ def compose(
         router: a Router, or its folder, or its name in the zoo.
         out: a folder to save the model in; must be empty or new unless `force`.
         base: an id, a folder or a loaded base; by default the one the router was built on.
+        max_rank: cut adapters of a higher rank to this one, site by site; ``model.truncated`` says what that lost.
+        license_allow: the licences that adapters may state; any where None. strict: what states none, is not recognised or is in
+            conflict with another may not go in either.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
-        InputError: an adapter is missing, changed since the router was built, or does not fit the base.
-        UsageError: `out` is not empty.
+        InputError: an adapter is missing, changed since the router was built, does not fit the base, or has a licence that may
+            not go in.
+        UsageError: `out` is not empty, or `max_rank` is below 1.
     """
+    check_dials(max_rank, None)
     zoo = Zoo() if zoo is None else zoo
     if not isinstance(router, Router):
         router = Router.load(router_folder(zoo, router))
@@ -69,6 +82,9 @@ def compose(
             "A router's columns belong to the adapters it was built for.",
             "Fetch them, or build the router again.",
         )
+    if license_allow is not None or strict:
+        allow = None if license_allow is None else licences.parse_list(",".join(license_allow))
+        licences.require({name: zoo.entry(name).licence for name in router.adapters}, allow, strict=strict)
     if not isinstance(base, Base):
         base = load_base(base or _recorded(router) or base_of(zoo, router.adapters), **loading)
     adapters = read_adapters(zoo, router.adapters, base)
@@ -79,12 +95,41 @@ def compose(
             "Its gates are for other weights.",
             "Build it again.",
         )
+    folders = {name: zoo.folder(name) for name in router.adapters}
+    scratch: Path | None = None
+    truncated: dict[str, Truncation] = {}
+    if max_rank is not None and any(max(a.ranks) > max_rank for a in adapters):
+        scratch = Path(tempfile.mkdtemp(prefix="recycler-"))
+        adapters, folders, truncated = _truncated(adapters, folders, max_rank, base, scratch)
     model = RoutedModel(base, adapters, router)
-    model.folders = {name: zoo.folder(name) for name in router.adapters}
+    model.folders, model.truncated = folders, truncated
+    if scratch is not None:
+        weakref.finalize(model, shutil.rmtree, scratch, True)
     _compare(model, router.facts.get("base") or {})
     if out is not None:
         save(model, Path(out), force=force)
     return model
+
+
+def _truncated(
+    adapters: list[Adapter], folders: dict[str, Path], rank: int, base: Base, scratch: Path
+) -> tuple[list[Adapter], dict[str, Path], dict[str, Truncation]]:
+    """Adapters, their folders, and what was cut from whom; whoever has no higher rank stays as it is."""
+    from recycler.engine.sites import weight_OD
+
+    done: list[Adapter] = []
+    places, facts = dict(folders), {}
+    for adapter in adapters:
+        name = adapter.name
+        found = truncate(
+            adapter, rank, folders[name], scratch / name, lambda path: weight_OD(base.model.get_submodule(path)).cpu()
+        )
+        if found is None:
+            done.append(adapter)
+        else:
+            done.append(found[0])
+            places[name], facts[name] = scratch / name, found[1]
+    return done, places, facts
 
 
 def check_output(folder: Path, force: bool) -> None:
@@ -140,6 +185,7 @@ def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
                     "revision": a.revision,
                     "sha256": a.sha256,
                     "licence": a.licence,
+                    **({"truncated": model.truncated[a.name].to_json()} if a.name in model.truncated else {}),
                 }
                 for a in model.adapters
             ],
@@ -198,18 +244,20 @@ def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: st
     adapters = []
     for record in manifest["adapters"]:
         name = record["name"]
-        adapter, _ = formats.read(folder / "adapters" / name, name, source=record["source"], revision=record["revision"])
+        adapter, _ = formats.read(folder / "adapters" / name, name)  # what is wrong is wrong here, not where it came from
         if adapter.sha256 != record["sha256"]:
             raise SecurityError(
                 f"The weights of {name} in {folder} are not those that were composed.",
                 f"Their sha256 is {adapter.sha256}, {MANIFEST} says {record['sha256']}.",
                 "Compose the model again.",
             )
-        adapters.append(replace(adapter, sites=place(adapter, shapes), licence=record.get("licence")))
+        came = {"source": record["source"], "revision": record["revision"], "licence": record.get("licence")}
+        adapters.append(replace(adapter, sites=place(adapter, shapes), **came))
     if tuple(a.name for a in adapters) != router.adapters:
         raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
     model = RoutedModel(loaded, adapters, router)
     model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
+    model.truncated = manifest["truncated"]
     _compare(model, manifest["base"])
     return model
 
@@ -232,6 +280,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         for record in manifest["adapters"]:
             record["source"], record["revision"], record["sha256"]
             check_name(record["name"])  # names become paths
+        cut = {record["name"]: record["truncated"] for record in manifest["adapters"] if "truncated" in record}
+        manifest["truncated"] = {name: Truncation.from_json(facts) for name, facts in cut.items()}
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not a composed model.",

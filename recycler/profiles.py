@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _LOCK = ".lock"
+_HARM = 0.5  # nats a token: far above what an unrelated task's adapter costs by chance
 BASE = "base"  # the first row of every score: no adapter
 
 
@@ -86,6 +87,14 @@ class Profile:
         index = min(range(len(nll_R)), key=lambda r: (wrong_R[r], nll_R[r]))
         return self.adapters[index - 1] if index else None
 
+    @property
+    def harmful(self) -> tuple[str, ...]:
+        """Adapters that raise the base's mean NLL on every task by more than `_HARM`: trained for another base of the same
+        shapes, or broken in a way that no look at the files shows."""
+        nll_RT = self.nll.mean(-1)
+        worse_R = (nll_RT > nll_RT[0] + _HARM).all(-1).tolist()
+        return tuple(name for name, worse in zip(self.adapters, worse_R[1:], strict=True) if worse)
+
     def summary(self) -> dict[str, Any]:
         """What a router remembers of the profile it was built from."""
         return {
@@ -119,6 +128,7 @@ class Profile:
             },
             "own": {k: list(v) for k, v in self.own.items()},
             "best_single": self.best_single,
+            "harmful": list(self.harmful),
         }
 
     def assign(self, pairs: Mapping[str, str | Iterable[str]]) -> Profile:

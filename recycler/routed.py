@@ -20,6 +20,7 @@ from recycler.routers.base import Router, Weights
 from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
+    from recycler.truncation import Truncation
     from recycler.zoo.adapter import Adapter, Factors
 
 
@@ -75,6 +76,7 @@ class RoutedModel(nn.Module):
         self.source, self.adapters, self.router = base, tuple(adapters), router
         self.base, self.tokenizer = base.model, base.tokenizer
         self.folders: dict[str, Path] = {}  # where each adapter's files lie
+        self.truncated: dict[str, Truncation] = {}  # adapters that were cut to a rank, and what that lost
         self.warnings: list[str] = []  # what loading has to say
         factors: dict[str, dict[str, Factors]] = {}
         for adapter in self.adapters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recycler.zoo.errors import RecycleError
+from recycler.zoo.untrusted import OBEYED
 
 if TYPE_CHECKING:
     from recycler.evaluation import Evaluation
     from recycler.profiles import Profile
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 
 def say(text: str) -> None:
-    """A line on stderr. Control characters of whatever is quoted in it are gone."""
-    click.echo(_CONTROL.sub("", text), err=True)
+    """A line on stderr, above a bar where there is one. Control characters of whatever is quoted in it are gone."""
+    print(OBEYED.sub("", text), file=sys.stderr, flush=True)  # click.echo would write around the bar, into its line
 
 
 def complain(error: RecycleError) -> None:
     """What happened, why, and what to do, each on its own line."""
     label = click.style("error:", fg="red", bold=True)  # click drops the colour where stderr is no terminal
-    click.echo(f"{label} {_CONTROL.sub('', error.what)}", err=True)
+    click.echo(f"{label} {OBEYED.sub('', error.what)}", err=True)
     for part in (error.why, error.fix):
         for line in part.splitlines():
             say(f"  {line}")
@@ -95,7 +93,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: int | Non
     Args:
         right: columns from this one on are aligned to the right.
     """
-    rows = [[_CONTROL.sub("", cell) for cell in row] for row in rows]
+    rows = [[OBEYED.sub("", cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in [list(header), *rows]:
             click.echo("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row))
@@ -135,6 +133,11 @@ def profile_table(profile: Profile) -> None:
             say(f"{name}: {', '.join(tasks)}")
     if without:
         say(f"better than the base nowhere: {', '.join(without)}")
+    if profile.harmful:
+        say(
+            f"warning: {', '.join(profile.harmful)} make every task clearly worse. Trained for another base of the same shapes, "
+            "or broken? See: recycle zoo check, recycle zoo health"
+        )
 
 
 def evaluation_table(result: Evaluation) -> None:

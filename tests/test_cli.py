@@ -191,6 +191,9 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
         ["zoo", "show", "math", "--json"],
         ["zoo", "verify", "--json"],
         ["zoo", "path", "--json"],
+        ["zoo", "check", "--base", way.pico.base, "--json"],
+        ["zoo", "health", "--json"],
+        ["zoo", "licences", "--json"],
         ["zoo", "remove", "poem", "--zoo", shutil.copytree(way.zoo, tmp_path / "zoo"), "--json"],
         ["profile", way.pico.tasks[0], "--kshot", 1, "--out", tmp_path / "p1", "--json"],
         ["routers", "--json"],
@@ -201,8 +204,9 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
         assert data["schema_version"] == 1, args
     with_json = {path for path, command in commands() if any("--json" in p.opts for p in command.params)}
     assert with_json == {f"recycle {name}" for name in (
-        "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "profile", "routers", "build-router",
-        "eval",
+        "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "zoo check", "zoo health", "zoo licences",
+        "profile", "routers", "build-router", "eval",
+        "search", "extract",  # with tests of their own
     )}  # fmt: skip
 
 
@@ -474,7 +478,9 @@ def test_colours_on_a_terminal_and_nothing_of_strangers(tmp_path: Path, monkeypa
 
 # Command → the library function behind it, and the options whose keyword there has another name.
 BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
+    "search": (recycler.search, {"zoo_path": "zoo"}),
     "fetch": (recycler.fetch, {"zoo_path": "zoo"}),
+    "extract": (recycler.extract, {"zoo_path": "zoo"}),
     "profile": (recycler.profile, {"files": "shots", "datasets": "shots", "zoo_path": "zoo"}),
     "build-router": (recycler.build_router, {"profile_name": "profile", "options": "config", "zoo_path": "zoo"}),
     "compose": (recycler.compose, {"router_name": "router", "zoo_path": "zoo"}),
@@ -483,7 +489,7 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
 ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"),
-             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",)}  # fmt: skip
+             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.
 KEPT = {("profile", "out"): "profile"}
 

@@ -460,3 +460,11 @@ def test_a_damaged_profile(tmp_path: Path, file: str, content: str, message: str
     (tmp_path / "p" / file).write_text(content, encoding="utf8")
     with pytest.raises(InputError, match=message):
         Profile.load(tmp_path / "p")
+
+
+def test_adapters_that_make_everything_worse(llama: Pico) -> None:
+    """What a look at the files cannot show: right shapes, wrong base."""
+    shots = Shots.from_files(*llama.tasks[:2])
+    nll = torch.tensor([[2.0, 2.0], [1.0, 4.0], [2.6, 2.4], [2.6, 2.7]])[..., None].expand(4, 2, 3)
+    profile = Profile(("math", "law", "code"), shots, nll)
+    assert profile.harmful == ("code",) and profile.to_json()["harmful"] == ["code"]

@@ -97,7 +97,7 @@ def test_manifest_is_small_sorted_and_complete(zoo: Zoo, math: Path, law: Path) 
     assert data["schema_version"] == 1
     assert set(data["adapters"]["law"]) == {
         "source", "revision", "base", "base_path", "base_revision", "files", "licence", "ranks", "sites",
-        "parameters", "kinds", "added",
+        "parameters", "kinds", "added", "norm", "converted", "forced_base",
     }  # fmt: skip
 
 
@@ -247,6 +247,23 @@ def test_leftovers_of_a_killed_process_are_swept(zoo: Zoo, math: Path, law: Path
         assert mine.is_dir()
     assert [p.name for p in (zoo.path / "adapters").iterdir()] == ["law"]
     assert zoo.verify() == []
+
+
+def test_what_a_killed_process_noted_is_finished(zoo: Zoo, math: Path, law: Path, tmp_path: Path) -> None:
+    """Folders in doubt are removed if nothing lists them; nothing else is, and nothing outside of the zoo."""
+    zoo.add(math)
+    zoo.add(law)
+    shutil.copytree(math, zoo.path / "adapters" / "half")
+    shutil.copytree(math, zoo.path / "adapters" / "by-hand")  # nobody noted it, so it may be somebody's
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (zoo.path / "adapters" / ".doubt-1").write_text("half\nmath\n../../precious\n")
+    (zoo.path / "zoo.json.tmp-1").write_text("{")
+    with zoo.staging():
+        pass
+    left = {p.name for p in (zoo.path / "adapters").iterdir()} | {p.name for p in zoo.path.iterdir()}
+    assert left - {".lock"} == {"adapters", "zoo.json", "math", "law", "by-hand"} and precious.is_dir()
+    assert [p.name for p in zoo.verify()] == ["by-hand"]
 
 
 def test_two_processes_add_at_once(zoo: Zoo, tmp_path: Path) -> None:

@@ -1,158 +1,95 @@
 """The one module that touches the network: adapters from the Hub, pinned, and checked against their hashes.
 
-The client under it, ``huggingface_hub``, does the transfers. What it leaves to its callers is done here:
+The client under it, ``huggingface_hub``, does the transfers. What it leaves to its callers is done here and in two files beside:
 
-- it never hashes what it downloads, so contents are compared with the Hub's hashes, and a damaged cache is
-healed once; - it does not retry metadata calls, so `patiently` does;
-- its errors bury the reason, so `hub_errors.explain` digs it out.
+- it never hashes what it downloads, so contents are compared with the Hub's hashes, and a damaged cache is healed once;
+- it takes files of another commit than was asked for, and follows renamed repositories without a word;
+- it retries some calls and not others, and some have no time limit: `patience`;
+- its errors bury the reason: `hub_errors`;
+- its cache holds hashes that it does not use: `client_cache`.
 
-Nothing is imported from it before the first call: it reads its environment when imported, and importing it is
-slow.
+Nothing is imported from it before the first call: it reads its environment when imported, and importing it is slow.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
-import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from urllib.parse import quote
 
-from recycler.zoo import inspect
-from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
-from recycler.zoo.hub_errors import explain, is_busy, is_passing, pause
+from recycler.zoo import client_cache, inspect
+from recycler.zoo.counting import OnBytes, counter
+from recycler.zoo.errors import HubError, InputError, SecurityError, shorten
+from recycler.zoo.hub_errors import is_busy, is_unspent
 from recycler.zoo.inspect import printable
+from recycler.zoo.patience import patiently
+from recycler.zoo.safetensors_header import header_length, parse_header
+from recycler.zoo.sources import INITIAL, Download, FileFact, Listing, Source, is_commit
 
-_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/pr/\d+|[A-Za-z0-9][\w.-]*))?"
-    r"(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?"
-)
+_PEEK_S = 10.0
+_HEAD = 128_000  # nearly all headers of adapters are shorter
 _DATA = (".json", ".jsonl", ".safetensors", ".md", ".txt", ".jinja", ".csv", ".svg", ".png")
-_TIMEOUT_S = 30.0
-_TRIES = 4
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an adapter is to come from: a local folder, or a repository on the Hub.
-
-    Attributes:
-        text: as given.
-        folder: the local folder, None for a repository.
-        repo: ``org/name``. revision: branch, tag or commit, or None. subfolder: posix path.
-    """
-
-    text: str
-    folder: Path | None = None
-    repo: str = ""
-    revision: str | None = None
-    subfolder: str = ""
-
-    @classmethod
-    def parse(cls, text: str | Path) -> Source:
-        """Read ``org/name[@revision][/subfolder]``, or a folder: one that exists, or one written as a path
-        (starting with ``.``, ``/`` or ``~``).
-
-        Raises:
-            UsageError: it is neither.
-        """
-        if isinstance(text, Path) or inspect.is_folder(text):
-            return cls(str(text), Path(text).expanduser())
-        found = _ID.fullmatch(text.removeprefix("hf://"))
-        if not found or ".." in text:
-            raise UsageError(
-                f"{printable(text)!r} is neither a folder nor a repository on the Hub.",
-                "A repository is written org/name, org/name@revision or org/name@revision/subfolder.",
-                "A folder that does not exist yet, or shares a name with one, is written ./folder.",
-            )
-        return cls(text, None, found["repo"], found["revision"], found["subfolder"] or "")
-
-    @property
-    def stem(self) -> str:
-        """The last part of the folder, subfolder or repository: what a name is derived from."""
-        if self.folder is not None:
-            return self.folder.resolve().name
-        return (self.subfolder or self.repo).rsplit("/", 1)[-1]
-
-    @property
-    def place(self) -> str:
-        """The repository and subfolder without the revision, or the folder: what a manifest records."""
-        if self.folder is not None:
-            return str(self.folder.resolve())
-        return f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
-
-
-@dataclass(frozen=True)
-class FileFact:
-    """What the Hub says of a file: bytes, and sha256 (large files) or git blob sha1 (small ones)."""
-
-    path: str
-    size: int
-    sha256: str | None
-    blob: str | None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """An adapter's own files at one commit, vetted by name and size. `repo` is its current name."""
-
-    repo: str
-    revision: str
-    files: Mapping[str, FileFact]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(fact.size for fact in self.files.values())
-
-
-@dataclass(frozen=True)
-class Download:
-    """Verified files in `folder`, at the 40-hex commit `revision`; `files` is name → sha256."""
-
-    folder: Path
-    revision: str
-    files: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+Pick = Callable[[Mapping[str, int]], Sequence[str] | None]
+"""From name → bytes, the names of the files to take; None for an adapter's own, as `inspect.check_listing` vets them."""
 
 
 def look(
     source: Source,
     *,
     max_bytes: int = inspect.MAX_BYTES,
+    pick: Pick | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> Listing:
-    """Resolve the revision to a commit and vet the listing there. One request; nothing is downloaded.
+    """Resolve the revision to a commit and vet the listing there. One request, none offline; nothing is downloaded.
+
+    Args:
+        source: a repository.
+        max_bytes: the most that the files may hold together.
+        pick: chooses other files at the source's place than a PEFT adapter's own.
 
     Raises:
         HubError: the repository, the revision or the network is not to be had; it says why.
-        InputError: it holds no adapter, or too large a one. SecurityError: it holds pickled weights only.
+        InputError: it holds no adapter, or too large a one. SecurityError: it holds pickled weights only, or names that
+            could do harm.
     """
-    repo, commit, everything = _list(source, token, endpoint)
+    licence: str | None = None
+    notes: tuple[str, ...] = ()
+    if client_cache.is_offline():
+        repo = source.repo
+        commit, everything, notes = client_cache.look(source)
+    else:
+        repo, commit, everything, licence = _list(source, token, endpoint)
     prefix = source.subfolder + "/" if source.subfolder else ""
     facts: dict[str, FileFact] = {}
+    initial: dict[str, FileFact] = {}
     elsewhere = set()
     for fact in everything:
         name = fact.path.removeprefix(prefix)
-        if fact.path.startswith(prefix) and "/" not in name:
+        parent, _, file = name.rpartition("/")
+        if fact.path.startswith(prefix) and not parent:
             facts[name] = fact
+        elif fact.path.startswith(prefix) and INITIAL.fullmatch(parent) and file in (inspect.CONFIG, inspect.WEIGHTS):
+            initial[name] = fact
         elif fact.path.endswith("/" + inspect.CONFIG):
             elsewhere.add(printable(fact.path.removesuffix("/" + inspect.CONFIG)))
-    if inspect.CONFIG not in facts and elsewhere:
+    sizes = {name: fact.size for name, fact in facts.items()}
+    own = pick(sizes) if pick is not None else None
+    if own is None and inspect.CONFIG not in facts and elsewhere:
         at = f"@{source.revision}" if source.revision else ""
         raise InputError(
             f"{source.text} has no adapter at this place.",
             f"Its adapters lie in subfolders: {shorten(sorted(elsewhere))}.",
             f"Name one, e.g. {source.repo}{at}/{sorted(elsewhere)[0]}",
         )
-    own = inspect.check_listing(source.text, {name: f.size for name, f in facts.items()}, max_bytes)
-    return Listing(repo, commit, {name: facts[name] for name in own})
+    if own is None:
+        own = inspect.check_listing(source.text, sizes, max_bytes)
+    if repo != source.repo:
+        notes = (f"{printable(source.repo)} is now called {printable(repo)}",)
+    return Listing(repo, commit, {name: facts[name] for name in own}, initial, licence, notes)
 
 
 def download(
@@ -179,6 +116,41 @@ def download(
     return download_files(source, listing, into, token=token, endpoint=endpoint)
 
 
+def prefetch(
+    source: Source,
+    listing: Listing,
+    *,
+    only: Collection[str] | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    on_bytes: OnBytes | None = None,
+) -> dict[str, Path]:
+    """Bring the listed files (of them `only` some) into the client's cache, where `download_files` finds them without a request: what takes long is
+    over before a place for the adapter is made. Files that are complete in the cache are not asked for again.
+
+    Returns:
+        Name → where it lies in the cache. Contents are not checked: `download_files` does that.
+
+    Raises:
+        HubError: the network, or access. SecurityError: they are of another commit than was asked for.
+    """
+    paths = {}
+    for name, fact in listing.files.items():
+        if only is not None and name not in only:
+            continue
+        seen = 0
+
+        def count(size: int) -> None:
+            nonlocal seen
+            seen += size
+            if on_bytes is not None:
+                on_bytes(size)
+
+        paths[name] = _cached(source, listing, fact, False, token, endpoint, count)
+        count(fact.size - seen)  # what was in the cache already
+    return paths
+
+
 def download_files(
     source: Source,
     listing: Listing,
@@ -191,12 +163,13 @@ def download_files(
     """Download the listed files (of them `only` some), with contents checked.
 
     Raises:
-        HubError: the network, or access. SecurityError: contents differ from the hash, even afresh.
+        HubError: the network, or access. SecurityError: contents differ from the hash, even afresh, or are of another commit.
     """
     sums: dict[str, str] = {}
-    notes: list[str] = []
+    notes = list(listing.notes)
     for name, fact in listing.files.items():
         if only is None or name in only:
+            (into / name).parent.mkdir(exist_ok=True)
             _, sums[name], note = _fetch_file(source, listing, fact, into / name, token, endpoint)
             notes += note
     return Download(into, listing.revision, sums, tuple(notes))
@@ -205,28 +178,34 @@ def download_files(
 def header(
     source: Source, listing: Listing, *, token: str | bool | None = None, endpoint: str | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape of the adapter's weights, by a range request: the weights stay on the Hub.
+    """Tensor name → shape of the adapter's weights, by a range request or two: the weights stay on the Hub.
 
     Raises:
-        HubError: it is not to be had. SecurityError: it is no safetensors file.
+        HubError: it is not to be had. SecurityError: it is no safetensors file, or of another commit. InputError: it is cut short.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import SafetensorsParsingError
+    from recycler.zoo.hub_requests import Answer, Wire
 
-    api = HfApi(endpoint=endpoint, token=token)
-    path = listing.files[inspect.WEIGHTS].path
-    try:
-        data = patiently(
-            source,
-            lambda: api.parse_safetensors_file_metadata(listing.repo, path, revision=listing.revision, token=token),
-        )
-    except SafetensorsParsingError as error:
-        raise SecurityError(
-            f"{source.text}: {inspect.WEIGHTS} is not a safetensors file.",
-            "Its header cannot be trusted, so nothing in it is read.",
-            "Ask its author to save it with safe_serialization.",
-        ) from error
-    return {name: tuple(tensor.shape) for name, tensor in data.tensors.items()}
+    wire = Wire(token=token, endpoint=endpoint)
+    fact = listing.files[inspect.WEIGHTS]
+    where = f"{source.text}: {inspect.WEIGHTS}"
+    url = f"{wire.endpoint}/{quote(listing.repo)}/resolve/{listing.revision}/{quote(fact.path)}"
+
+    def start(size: int) -> bytes:
+        def read(answer: Answer) -> Answer:
+            if len(answer.body) < min(size, fact.size):
+                raise ValueError(f"{len(answer.body)} bytes came where {min(size, fact.size)} were asked for")
+            return answer
+
+        answer = wire.get("resolvers", source.repo, url, read, limit=size, ranged=True)
+        if answer.commit is not None and answer.commit != listing.revision:
+            raise _other_commit(source, answer.commit)
+        return answer.body
+
+    head = start(_HEAD)
+    length = header_length(head[:9], where, fact.size)
+    if 8 + length > len(head):
+        head = start(8 + length)
+    return parse_header(head[8 : 8 + length], where, fact.size)
 
 
 def snapshot(
@@ -250,7 +229,7 @@ def snapshot(
         HubError: it is not to be had. InputError: too large. SecurityError: contents differ.
     """
     source = replace(Source.parse(repo), revision=revision) if revision else Source.parse(repo)
-    name, commit, everything = _list(source, token, endpoint)
+    name, commit, everything, _ = _list(source, token, endpoint)
     data = {f.path: f for f in everything if f.path.endswith(_DATA) or "LICENSE" in f.path}
     listing = Listing(name, commit, data)
     if not data or listing.size > max_bytes:
@@ -280,7 +259,7 @@ def peek(repo: str, *, revision: str | None = None) -> list[str] | None:
     try:
         info = patiently(
             Source(repo, None, repo, revision),
-            lambda: HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S / 3),
+            lambda: HfApi().model_info(repo, revision=revision, timeout=_PEEK_S),
             is_busy,
         )
     except HubError:
@@ -294,29 +273,63 @@ def peek(repo: str, *, revision: str | None = None) -> list[str] | None:
     return [file.rfilename for file in info.siblings or []]
 
 
-def _list(source: Source, token: str | bool | None, endpoint: str | None) -> tuple[str, str, list[FileFact]]:
-    """(current name, 40-hex commit, every file) of a repository."""
+def _list(source: Source, token: str | bool | None, endpoint: str | None) -> tuple[str, str, list[FileFact], str | None]:
+    """(current name, 40-hex commit, every file, the card's licence) of a repository."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint, token=token)
-    # One answer has both the commit and the files with their hashes, so the two cannot disagree. Unlike the
-    # listing of a tree it takes a timeout.
+    # One answer has both the commit and the files with their hashes, so the two cannot disagree.
     info = patiently(
         source,
-        lambda: api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=_TIMEOUT_S, token=token),
+        lambda: api.model_info(source.repo, revision=source.revision, files_metadata=True, token=token),
+        endpoint=endpoint,
     )
     commit = str(info.sha or "")
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if not is_commit(commit):
         raise HubError(
             f"The Hub names no commit for {source.text}.",
             "It cannot be pinned.",
             "Try again later, or name a revision.",
         )
+    if source.pinned and commit != source.revision:
+        raise _other_commit(source, commit)
+    inspect.check_names(source.text, (file.rfilename for file in info.siblings or []))
     facts = []
     for file in info.siblings or []:
         sha256 = file.lfs.sha256 if file.lfs else None
         facts.append(FileFact(file.rfilename, file.size or 0, sha256, None if sha256 else file.blob_id))
-    return info.id or source.repo, commit, facts
+    stated = info.card_data.get("license") if info.card_data else None
+    return info.id or source.repo, commit, facts, printable(stated) if isinstance(stated, str) and stated else None
+
+
+def _cached(
+    source: Source,
+    listing: Listing,
+    fact: FileFact,
+    afresh: bool,
+    token: str | bool | None,
+    endpoint: str | None,
+    on_bytes: OnBytes | None = None,
+) -> Path:
+    """The file in the client's cache, of the listing's commit; its contents are not checked yet."""
+    from huggingface_hub import hf_hub_download
+
+    def call() -> str:
+        return hf_hub_download(
+            listing.repo,
+            fact.path,
+            revision=listing.revision,
+            token=token,
+            endpoint=endpoint,
+            force_download=afresh,
+            tqdm_class=counter(on_bytes),
+        )
+
+    path = Path(patiently(source, call, is_unspent, endpoint=endpoint))
+    commit = path.parents[fact.path.count("/")].name
+    if commit != listing.revision:
+        raise _other_commit(source, commit)
+    return path
 
 
 def _fetch_file(
@@ -332,45 +345,30 @@ def _fetch_file(
     Returns:
         Where it is, its sha256, and a note where the cache had to be healed.
     """
-    from huggingface_hub import hf_hub_download
-
-    for afresh in (False, True):
-        cached = patiently(
-            source,
-            lambda afresh=afresh: hf_hub_download(  # type: ignore[misc]
-                listing.repo,
-                fact.path,
-                revision=listing.revision,
-                token=token,
-                endpoint=endpoint,
-                force_download=afresh,
-            ),
-        )
-        path = Path(cached)
-        if target is not None:  # hashed after copying, so that what is vetted is what was hashed
-            path = Path(shutil.copyfile(cached, target))
+    offline = client_cache.is_offline()
+    tries = (False,) if offline else (False, True)
+    for afresh in tries:
+        cached = _cached(source, listing, fact, afresh, token, endpoint)
+        # Hashed after copying, so that what is vetted is what was hashed.
+        path = cached if target is None else Path(shutil.copyfile(cached, target))
         sha256, blob = inspect.hashes(path)
         if sha256 == fact.sha256 if fact.sha256 else blob == fact.blob:
             return path, sha256, [f"{path.name} was damaged in the cache and fetched again"] if afresh else []
+        if offline and fact.sha256 is None and fact.blob is None:
+            return path, sha256, [f"{path.name} is not checked: this cache keeps no hashes, and no request is made"]
     if target is not None:
         target.unlink()
     raise SecurityError(
-        f"{source.text}: the contents of {printable(fact.path)} differ from the Hub's hash, twice.",
+        f"{source.text}: the contents of {printable(fact.path)} differ from {listing.by}'s hash"
+        + (", twice." if len(tries) > 1 else "."),
         f"Expected {fact.sha256 or fact.blob}, got {sha256 if fact.sha256 else blob}: damaged or changed.",
         "Try again over another network; if it stays so, tell the repository's owner.",
     )
 
 
-def patiently(source: Source, call: Callable[[], T], passing: Callable[[BaseException], bool] = is_passing) -> T:
-    """Run `call`, again after a pause where the Hub was busy or the connection broke; explain the rest."""
-    for attempt in range(_TRIES):
-        try:
-            return call()
-        except Exception as error:
-            failure = explain(source.repo, source.revision, error)
-            if failure is None:
-                raise
-            if attempt == _TRIES - 1 or not passing(error):
-                raise failure from error
-            time.sleep(pause(error, attempt))
-    raise AssertionError("unreachable")
+def _other_commit(source: Source, commit: str) -> SecurityError:
+    return SecurityError(
+        f"{source.text}: the answer is of commit {printable(commit)}, which is not the one that was asked for.",
+        "Contents that are pinned to one commit must not come from another.",
+        "Something between here and the Hub changes answers. Try again over another network.",
+    )

@@ -8,12 +8,13 @@ the cache", a broken connection as an error of the transport library that is no 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from recycler.zoo.errors import HubError
 from recycler.zoo.inspect import printable
 
-_MAX_WAIT_S = 60.0
+MAX_WAIT_S = 330.0  # the Hub counts over 300
 
 
 def explain(repo: str, revision: str | None, error: Exception) -> HubError | None:
@@ -75,6 +76,12 @@ def explain(repo: str, revision: str | None, error: Exception) -> HubError | Non
             f"{printable(type(_chain(error)[-1]).__name__)}: {printable(_chain(error)[-1])}.",
             "Check the network and any proxy, then run it again; what was fetched stays.",
         )
+    if _in_xet(error):
+        return HubError(
+            f"{where} could not be fetched from the Hub's Xet store.",
+            f"{type(error).__name__}: {printable(error)}.",
+            "Run it again; what was fetched stays. To go around that store, set HF_HUB_DISABLE_XET=1.",
+        )
     if isinstance(error, OSError) or inside(ValueError, KeyError):  # short bodies, no JSON
         return HubError(
             f"{where} could not be fetched.",
@@ -102,7 +109,26 @@ def _response(error: BaseException) -> Any:
 def _transport(error: BaseException) -> bool:
     """Whether the connection failed. The library changed its name; its errors are no OSError."""
     names = {type(e).__module__.partition(".")[0] for e in _chain(error)}
-    return bool(names & {"httpx", "httpx2", "httpcore", "httpcore2"}) and _response(error) is None
+    return (bool(names & {"httpx", "httpx2", "httpcore", "httpcore2"}) or _closed(error)) and _response(error) is None
+
+
+def _closed(error: BaseException) -> bool:
+    """Whether the session was closed under the request: the client does that when a connection of another thread fails."""
+    return any(type(e) is RuntimeError and "client has been closed" in str(e) for e in _chain(error))
+
+
+def _in_xet(error: BaseException) -> bool:
+    """Whether the client's Xet code raised it: bare RuntimeErrors, after its own retries."""
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code.co_name == "xet_get":
+            return True
+        at = at.tb_next
+    return False
+
+
+def _named(error: BaseException, *names: str) -> bool:
+    return any(type(e).__name__ in names for e in _chain(error))
 
 
 def is_passing(error: BaseException) -> bool:
@@ -112,16 +138,61 @@ def is_passing(error: BaseException) -> bool:
     return is_busy(error) or _transport(error)
 
 
+def is_unspent(error: BaseException) -> bool:
+    """`is_passing`, for downloads: the client retries those itself where a body was cut or nothing came, but not after a reset."""
+    spent = (
+        "TimeoutException",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "WriteTimeout",
+        "PoolTimeout",
+        "ConnectError",
+        "RemoteProtocolError",
+    )
+    return is_busy(error) or _expired(error) or (is_passing(error) and (_closed(error) or not _named(error, *spent)))
+
+
+def _expired(error: BaseException) -> bool:
+    """Whether a signed link was refused, which asking the Hub again replaces: contents lie elsewhere than what gives the links."""
+    answer = _response(error)
+    return answer is not None and answer.status_code == 403 and not re.search("/(api|resolve)/", str(answer.request.url))
+
+
 def is_busy(error: BaseException) -> bool:
     """Whether the Hub answered, and asks for patience."""
     answer = _response(error)
     return answer is not None and bool(answer.status_code == 429 or answer.status_code >= 500)
 
 
+def is_limit(error: BaseException) -> bool:
+    """Whether a rate limit was reached."""
+    answer = _response(error)
+    return answer is not None and answer.status_code == 429
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether nobody answers there: a closed port, no such host, or silence until the time was up."""
+    return _transport(error) and _named(error, "ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError")
+
+
+def asked_for(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait, None where it does not say."""
+    limit = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("ratelimit", ""))
+    asked = limit[1] if limit else headers.get("retry-after", "").strip()
+    return float(asked) + 1 if asked.isdecimal() else None
+
+
 def pause(error: BaseException, attempt: int) -> float:
     """Seconds to wait: what the answer asks for, else 1, 2, 4."""
     answer = _response(error)
-    headers = answer.headers if answer is not None else {}
-    limit = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("ratelimit", ""))
-    asked = limit[1] if limit else headers.get("retry-after", "")
-    return min(float(asked) + 1 if asked.isdigit() else 2.0**attempt, _MAX_WAIT_S)
+    asked = asked_for(answer.headers) if answer is not None else None
+    return 2.0**attempt if asked is None else min(asked, MAX_WAIT_S)
+
+
+def too_long(seconds: float) -> HubError:
+    """What is raised in place of a pause longer than the Hub's own window of five minutes."""
+    return HubError(
+        f"The Hub asks to wait {seconds / 60:,.0f} minutes before the next request.",
+        "Its rate limits are counted over five minutes, so this is no ordinary limit.",
+        "Run it again later; what was fetched stays. Logging in helps: hf auth login",
+    )

@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.inspect import CONFIG, WEIGHTS, printable
 
 SCHEMA_VERSION = 1
+HOW_CONVERTED = ("files", "layout", "expert", "rank", "energy")
+"""Of `Entry.converted`, what says how to do it again: the originals, how they were read, and how much was kept."""
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _MAX_NAME = 96
 _BASE = "base"  # the row of every table that uses no adapter
@@ -34,6 +36,11 @@ class Entry:
         files: file name → {"sha256", "size"}.
         sites: how many linears it touches. parameters: numbers in its factors.
         added: when, in UTC, ISO 8601.
+        norm: ‖ΔW‖_F over all sites together, to six digits, without what DoRA's magnitude and biases add; None in entries
+            that an older version wrote.
+        converted: None where the files are as they came. Else how they were made: "files", the originals as in `files`, and
+            what it took to make these of them.
+        forced_base: a person said that it is for `base`, although it declares another.
     """
 
     name: str
@@ -49,6 +56,14 @@ class Entry:
     parameters: int
     kinds: tuple[str, ...]
     added: str
+    norm: float | None = None
+    converted: Mapping[str, Any] | None = field(default=None, repr=False)
+    forced_base: bool = False
+
+    @property
+    def weights(self) -> str:
+        """sha256 of the file that its factors are read from."""
+        return str(self.files[WEIGHTS]["sha256"])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under stable keys; the name is the key it is stored under."""
@@ -65,6 +80,11 @@ def slug(text: str) -> str:
     """
     raw = re.sub(r"[^a-z0-9._-]+", "-", text.lower())[:_MAX_NAME].lstrip("._-").rstrip(".-")
     return check_name(raw, text)
+
+
+def is_slug(name: str) -> bool:
+    """Whether `name` has the form of an adapter's name, and so cannot lead out of a folder."""
+    return bool(_SLUG.fullmatch(name))
 
 
 def check_name(name: str, given: str | None = None) -> str:
@@ -111,14 +131,21 @@ def read_manifest(path: Path) -> dict[str, Entry]:
 
 
 def _entry(name: str, data: Mapping[str, Any]) -> Entry:
-    if not _SLUG.fullmatch(name):  # names become paths
+    if not is_slug(name):  # names become paths
         raise ValueError(f"{name!r} is no name")
-    known = {f.name for f in fields(Entry)} - {"name", "ranks", "kinds"}
-    files = {str(f): {"sha256": str(v["sha256"]), "size": int(v["size"])} for f, v in data["files"].items()}
-    if any(Path(f).name != f for f in files) or not {CONFIG, WEIGHTS} <= files.keys():
+    files = _files(data["files"])
+    if any(f in ("", "..") or Path(f).name != f or "\\" in f for f in files) or not {CONFIG, WEIGHTS} <= files.keys():
         raise ValueError(f"the files of {name!r} are not those of an adapter")
-    plain = {key: data[key] for key in known} | {"files": files}
+    optional = {f.name for f in fields(Entry) if f.default is not MISSING}  # entries of older versions lack them
+    known = {f.name for f in fields(Entry)} - {"name", "ranks", "kinds"}
+    plain = {key: data[key] for key in known if key in data or key not in optional} | {"files": files}
+    if plain.get("converted") is not None:
+        plain["converted"] = {**plain["converted"], "files": _files(plain["converted"]["files"])}
     return Entry(name=name, ranks=tuple(data["ranks"]), kinds=tuple(data["kinds"]), **plain)
+
+
+def _files(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {str(f): {"sha256": str(v["sha256"]), "size": int(v["size"])} for f, v in data.items()}
 
 
 def write_manifest(path: Path, entries: Mapping[str, Entry]) -> None:

@@ -14,10 +14,9 @@ before.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,18 +24,14 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
-from recycler.zoo import formats, inspect
+from recycler.zoo import formats, inspect, staging
 from recycler.zoo.adapter import Adapter
-from recycler.zoo.errors import InputError, SecurityError, UsageError, shorten
+from recycler.zoo.errors import SecurityError, UsageError, shorten
 from recycler.zoo.inspect import Receipt, printable
-from recycler.zoo.manifest import Entry, check_name, read_manifest, slug, write_manifest
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-_LOCK_SECONDS = 120
+from recycler.zoo.manifest import HOW_CONVERTED, Entry, check_name, read_manifest, slug, write_manifest
+from recycler.zoo.staging import require_writable as require_writable
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.file}: {self.what}"
+        return f"{printable(self.name)}: {printable(self.file)}: {self.what}"
 
 
 class UnknownAdapterError(UsageError, KeyError):
@@ -116,15 +111,15 @@ class Zoo(Mapping[str, Adapter]):
 
     def __getitem__(self, name: str) -> Adapter:
         entry = self.entry(name)
-        adapter, _ = formats.read(self._home(name), name, source=entry.source, revision=entry.revision)
-        expected = entry.files[inspect.WEIGHTS]["sha256"]
+        adapter, _ = formats.read(self._home(name), name)  # what is wrong is wrong here, not where it came from
+        expected = entry.weights
         if adapter.sha256 != expected:
             raise SecurityError(
                 f"The weights of {name} are not those fetched: sha256 {adapter.sha256}, expected {expected}.",
                 "They were changed or damaged after they were vetted.",
                 f"Run: recycle zoo remove {name}, then fetch it again from {printable(entry.source)}.",
             )
-        return replace(adapter, base=entry.base, licence=entry.licence)
+        return replace(adapter, source=entry.source, revision=entry.revision, base=entry.base, licence=entry.licence)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -139,18 +134,8 @@ class Zoo(Mapping[str, Adapter]):
     def staging(self) -> Iterator[Path]:
         """A private, empty folder inside the zoo for files that are not vetted yet. It is gone afterwards,
         unless `keep` took it; one that a killed process left is removed the next time anything is written."""
-        folder = self.path / "adapters" / f".tmp-{uuid.uuid4().hex}"
-        with self._locked():  # sweeping and creating exclude each other, so that no folder is swept while it begins
-            alive = _lock(_lock_of(folder))
-            alive.acquire()
-            folder.mkdir()
-        try:
+        with staging.private(self.path) as folder:
             yield folder
-        finally:
-            with self._locked():
-                shutil.rmtree(folder, ignore_errors=True)
-                alive.release()
-                _lock_of(folder).unlink(missing_ok=True)
 
     def add(
         self,
@@ -180,21 +165,37 @@ class Zoo(Mapping[str, Adapter]):
         name = slug(folder.resolve().name) if name is None else check_name(name)
         with self.staging() as staged:
             copy_files(folder, staged, max_bytes)
-            adapter, receipt = formats.read(staged, name, source=source or str(folder), revision=revision, max_bytes=max_bytes)
+            with staging.called(staged, name, str(folder)):
+                adapter, receipt = formats.read(
+                    staged, name, source=source or str(folder), revision=revision, max_bytes=max_bytes
+                )
             adapter = replace(adapter, base=base or adapter.base)
             return self.keep(staged, adapter, receipt, base_path=base_path)
 
-    def keep(self, staged: Path, adapter: Adapter, receipt: Receipt, *, base_path: str | None = None) -> tuple[Entry, Receipt]:
+    def keep(
+        self,
+        staged: Path,
+        adapter: Adapter,
+        receipt: Receipt,
+        *,
+        base_path: str | None = None,
+        converted: Mapping[str, Any] | None = None,
+        forced_base: bool = False,
+        added: str | None = None,
+        norm: float | None = None,
+    ) -> tuple[Entry, Receipt]:
         """Make a staged and vetted folder part of the zoo under ``adapter.name``. The same contents under the
-        same name are left as they are, with a note in the receipt.
+        same name are left as they are, with a note in the receipt; where the zoo's copy is damaged, they replace it.
+
+        Args:
+            base_path: a folder that serves as a copy of the base.
+            converted, forced_base: as in `Entry`.
+            added, norm: what to record, where a lock says so; now, and what is measured, where None.
 
         Raises:
             UsageError: the name stands for other contents already.
         """
         name = check_name(adapter.name)
-        files = {
-            path.name: {"sha256": inspect.hashes(path)[0], "size": path.stat().st_size} for path in sorted(staged.iterdir())
-        }
         entry = Entry(
             name=name,
             source=adapter.source,
@@ -202,33 +203,71 @@ class Zoo(Mapping[str, Adapter]):
             base=adapter.base,
             base_path=base_path,
             base_revision=receipt.base_revision,
-            files=files,
+            files=facts_of(staged),
             licence=adapter.licence,
             ranks=receipt.ranks,
             sites=receipt.sites,
             parameters=receipt.parameters,
             kinds=receipt.kinds,
-            added=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            added=added or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            norm=norm_of(adapter) if norm is None else norm,
+            converted=converted,
+            forced_base=forced_base,
         )
-        with self._locked():
+        staging.sync(staged)
+        home = self._home(name)
+        with staging.locked(self.path):
             entries = dict(self.entries)
             if name in entries:
-                if not _same_contents(entries[name], entry):
-                    raise _taken(entries[name], entry)
-                entry, note = _with_base(entries[name], entry)
-                if entry != entries[name]:
-                    write_manifest(self.manifest, {**entries, name: entry})
-                return entry, replace(receipt, notes=(*receipt.notes, note))
+                return self._keep_again(staged, entries, entry, receipt)
             receipt = _note_twins(receipt, entry, entries)
-            home = self._home(name)
-            shutil.rmtree(home, ignore_errors=True)  # not listed, so left by a process that was killed
-            staged.rename(home)
-            try:
-                write_manifest(self.manifest, {**entries, name: entry})
-            except BaseException:
-                shutil.rmtree(home, ignore_errors=True)
-                raise
+            with staging.in_doubt(self.path, [name]):
+                shutil.rmtree(home, ignore_errors=True)  # not listed, so nobody's
+                staged.rename(home)
+                try:
+                    write_manifest(self.manifest, {**entries, name: entry})
+                except BaseException:
+                    shutil.rmtree(home, ignore_errors=True)
+                    raise
         return entry, receipt
+
+    def _keep_again(self, staged: Path, entries: Mapping[str, Entry], entry: Entry, receipt: Receipt) -> tuple[Entry, Receipt]:
+        """`keep` for a name that is taken, under the lock."""
+        old, home = entries[entry.name], self._home(entry.name)
+        if not _same_contents(old, entry):
+            raise _taken(old, entry)
+        kept, note = _with_base(old, entry)
+        if _verify(home, old):
+            kept, note = replace(kept, files=entry.files), f"{old.name} was damaged in the zoo, and is whole again"
+            aside = staging.trash(self.path)
+            if home.exists():
+                home.rename(aside)
+            staged.rename(home)
+            shutil.rmtree(aside, ignore_errors=True)
+        if kept != old:
+            write_manifest(self.manifest, {**entries, old.name: kept})
+        return kept, replace(receipt, notes=(*receipt.notes, note))
+
+    def held(self, name: str, source: str, revision: str | None) -> Entry | None:
+        """The entry of that name if it came from there, at that commit, and is undamaged: then there is nothing to fetch."""
+        entry = self.entries.get(name)
+        same = entry is not None and revision is not None and (entry.source, entry.revision) == (source, revision)
+        return entry if entry is not None and same and not _verify(self._home(name), entry) else None
+
+    def record_base(self, name: str, base: str | None, base_path: str | None, *, forced: bool = False) -> tuple[Entry, str]:
+        """Note the base of an adapter that the zoo holds, where it is given; what it holds else stays as it is.
+
+        Returns:
+            The entry, and a note for its receipt.
+        """
+        with staging.locked(self.path):
+            entries = dict(self.entries)
+            _require([name], entries)
+            old = entries[name]
+            entry, note = _with_base(old, replace(old, base=base, base_path=base_path, forced_base=forced))
+            if entry != old:
+                write_manifest(self.manifest, {**entries, name: entry})
+        return entry, note
 
     def remove(self, names: str | Iterable[str]) -> None:
         """Remove adapters; all of them or, where one is unknown, none.
@@ -240,12 +279,13 @@ class Zoo(Mapping[str, Adapter]):
         if not wanted:
             return
         _require(wanted, self.entries)  # before a lock is made in a folder that may not exist
-        with self._locked():
+        with staging.locked(self.path):
             entries = dict(self.entries)
             _require(wanted, entries)
-            write_manifest(self.manifest, {n: e for n, e in entries.items() if n not in wanted})
-            for name in wanted:
-                shutil.rmtree(self._home(name), ignore_errors=True)
+            with staging.in_doubt(self.path, wanted):
+                write_manifest(self.manifest, {n: e for n, e in entries.items() if n not in wanted})
+                for name in wanted:
+                    shutil.rmtree(self._home(name), ignore_errors=True)
 
     def verify(self, names: Iterable[str] | None = None) -> list[Problem]:
         """Hash all files of the named adapters (of all, where None) and compare with the manifest.
@@ -258,37 +298,13 @@ class Zoo(Mapping[str, Adapter]):
         _require(wanted, entries)
         problems = [p for name in wanted for p in _verify(self._home(name), entries[name])]
         if names is None and (self.path / "adapters").is_dir():
-            strays = {p.name for p in (self.path / "adapters").iterdir() if not p.name.startswith(".tmp-")}
-            problems += [Problem(n, "adapters/" + n, "not in zoo.json") for n in sorted(strays - set(entries))]
+            strays = {p.name for p in (self.path / "adapters").iterdir() if not p.name.startswith(".")}
+            lost = [printable(name) for name in sorted(strays - set(entries))]
+            problems += [Problem(name, "adapters/" + name, "not in zoo.json") for name in lost]
         return problems
 
     def _home(self, name: str) -> Path:
         return self.path / "adapters" / name
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the zoo's lock, with the folders made and leftovers of killed processes swept."""
-        from filelock import Timeout
-
-        try:
-            (self.path / "adapters").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"The zoo at {self.path} cannot be written: {error.strerror}.",
-                fix="Choose another folder with RECYCLE_ZOO.",
-            ) from error
-        try:
-            with _lock(self.path / ".lock"):
-                for stale in (self.path / "adapters").glob(".tmp-*"):
-                    if stale.is_dir():
-                        _sweep(stale)
-                yield
-        except Timeout as error:
-            raise InputError(
-                f"The zoo at {self.path} has been locked by another process for {_LOCK_SECONDS} s.",
-                "Two writers at once would lose adapters.",
-                "Wait for the other run to end.",
-            ) from error
 
 
 def copy_files(folder: Path, into: Path, max_bytes: int = inspect.MAX_BYTES) -> None:
@@ -297,51 +313,31 @@ def copy_files(folder: Path, into: Path, max_bytes: int = inspect.MAX_BYTES) -> 
         shutil.copyfile(folder / name, into / name)
 
 
-def require_writable(folder: Path) -> None:
-    """Asked before long work whose result goes into `folder`, or one of its folders to be; leaves nothing.
-
-    Raises:
-        OSError: it cannot be written, with its name.
-    """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(folder)) from error
+def facts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name → {"sha256", "size"} of all under a folder, as a manifest lists them; names are posix paths."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: {"sha256": inspect.hashes(path)[0], "size": path.stat().st_size} for name, path in paths.items()}
 
 
-def _lock(path: Path) -> BaseFileLock:
-    from filelock import FileLock
+def norm_of(adapter: Adapter) -> float | None:
+    """‖ΔW‖_F over all sites, to six digits, as a manifest records it; None where it is no finite number."""
+    from recycler.zoo.similarity import norm
 
-    return FileLock(path, timeout=_LOCK_SECONDS)
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".lock")
-
-
-def _sweep(stale: Path) -> None:
-    """Remove a staging folder whose process is gone: a living one holds the lock beside it."""
-    from filelock import Timeout
-
-    try:
-        with _lock(_lock_of(stale)).acquire(timeout=0):
-            shutil.rmtree(stale, ignore_errors=True)
-    except Timeout:
-        return
-    _lock_of(stale).unlink(missing_ok=True)
+    size = float(f"{norm(adapter):.6g}")
+    return size if math.isfinite(size) else None
 
 
 def _same_contents(a: Entry, b: Entry) -> bool:
-    """By weights and config; a card may be edited without making another adapter."""
+    """By weights and config; a card may be edited without making another adapter, and so may another machine's rounding where
+    both were converted from the same files in the same way."""
+    if a.converted and b.converted and all(a.converted.get(key) == b.converted.get(key) for key in HOW_CONVERTED):
+        return True
     return all(a.files[f]["sha256"] == b.files[f]["sha256"] for f in (inspect.CONFIG, inspect.WEIGHTS))
 
 
 def _note_twins(receipt: Receipt, entry: Entry, entries: Mapping[str, Entry]) -> Receipt:
     """A copy under another name counts twice in every average and vote."""
-    sha256 = entry.files[inspect.WEIGHTS]["sha256"]
-    twins = [name for name, other in entries.items() if other.files[inspect.WEIGHTS]["sha256"] == sha256]
+    twins = [name for name, other in entries.items() if other.weights == entry.weights]
     if not twins:
         return receipt
     return replace(receipt, warnings=(*receipt.warnings, f"it has the same weights as {shorten(twins)}"))
@@ -350,7 +346,8 @@ def _note_twins(receipt: Receipt, entry: Entry, entries: Mapping[str, Entry]) ->
 def _with_base(old: Entry, new: Entry) -> tuple[Entry, str]:
     """The entry that is kept where contents are the same: the old one, with the base where only the new one
     has it."""
-    entry = replace(old, base=new.base or old.base, base_path=new.base_path or old.base_path)
+    forced = new.forced_base if new.base else old.forced_base
+    entry = replace(old, base=new.base or old.base, base_path=new.base_path or old.base_path, forced_base=forced)
     note = f"{old.name} is in the zoo already, with the same contents"
     return entry, note + ("; left as it was" if entry == old else "; its base was recorded")
 
@@ -384,8 +381,8 @@ def _verify(home: Path, entry: Entry) -> list[Problem]:
     present = {path.name for path in home.iterdir()} if home.is_dir() else set()
     for name, fact in entry.files.items():
         if name not in present:
-            problems.append(Problem(entry.name, name, "missing"))
+            problems.append(Problem(entry.name, printable(name), "missing"))
         elif inspect.hashes(home / name)[0] != fact["sha256"]:
-            problems.append(Problem(entry.name, name, "changed: its sha256 differs from zoo.json"))
-    problems += [Problem(entry.name, n, "not in zoo.json") for n in sorted(present - set(entry.files))]
+            problems.append(Problem(entry.name, printable(name), "changed: its sha256 differs from zoo.json"))
+    problems += [Problem(entry.name, printable(n), "not in zoo.json") for n in sorted(present - set(entry.files))]
     return problems
