@@ -39,6 +39,7 @@ def main() -> None:
     """Turn a pile of LoRA adapters into one routed model, and say honestly when it helps.
 
     \b
+    recycle search --base org/base
     recycle fetch org/math-lora org/law-lora --base org/base
     recycle profile tasks/*.jsonl --kshot 16 --out p16
     recycle build-router ridge --profile p16 --out gates/
