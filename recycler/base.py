@@ -120,6 +120,23 @@ def linear_shapes(name: str, *, revision: str | None = None) -> Mapping[str, tup
     return shapes(skeleton(name, revision=revision))
 
 
+def base_revision(name: str) -> str | None:
+    """The 40-hex commit of a base on the Hub whose config was looked up just now, as the client's cache has it: no request.
+    None for a folder, and where nothing was looked up."""
+    if Path(name).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    from recycler.zoo.sources import is_commit
+
+    try:
+        held = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no valid id, such as a path on another's disk
+        return None
+    commit = Path(held).parent.name if isinstance(held, str) else ""
+    return commit if is_commit(commit) else None
+
+
 def skeleton(name: str, *, revision: str | None = None) -> Any:
     """A base without weights, on the meta device, from its config.json alone. Raises as `linear_shapes`."""
     import torch

@@ -26,6 +26,7 @@ class Placed:
     Attributes:
         base: the base it is for, None where unknown. path: the folder that served as a copy of it, or None.
         forced: a person said that it is for this base, although it declares another.
+        revision: the 40-hex commit of the base whose config was compared; None for a folder, and where none was.
     """
 
     base: str | None
@@ -33,6 +34,7 @@ class Placed:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     forced: bool = False
+    revision: str | None = None
 
     def stamp(self, receipt: Receipt, notes: Sequence[str] = (), warnings: Sequence[str] = ()) -> Receipt:
         """The receipt with what was found here, and with further notes and warnings."""
@@ -56,6 +58,7 @@ class Bases:
     aliases: tuple[str, ...] = ()
     force: bool = False
     _seen: dict[str, Shapes | RecycleError] = field(default_factory=dict)
+    _revisions: dict[str, str | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -77,10 +80,11 @@ class Bases:
         """
         with self._lock:  # looked up once, whoever asks first
             if base not in self._seen:
-                from recycler.base import linear_shapes
+                from recycler.base import base_revision, linear_shapes
 
                 try:
                     self._seen[base] = linear_shapes(base)
+                    self._revisions[base] = base_revision(base)
                 except RecycleError as error:
                     self._seen[base] = error
             found = self._seen[base]
@@ -95,12 +99,24 @@ class Bases:
             InputError: it is for another base, or does not fit. RecycleError: the base that was asked for cannot be had.
         """
         if self.asked is None:
-            return self._check_declared(name, sites, declared)
+            placed = self._check_declared(name, sites, declared)
+        else:
+            placed = self._check_asked(name, sites, declared)
+        looked_up = self.of(declared)
+        return replace(placed, revision=self._revisions.get(looked_up) if looked_up else None)
+
+    def _check_asked(self, name: str, sites: Shapes, declared: str | None) -> Placed:
         folder, asked = self.folder, str(self.asked)
         if folder is not None:
             match.check_sites(name, sites, self.shapes(folder))
-            copied = f", used as a copy of {printable(declared)}" if declared and not _same_path(declared, folder) else ""
-            return Placed(declared, folder, (f"fits the base in {printable(folder)}{copied}",))
+            if declared is None or _same_path(declared, folder):
+                return Placed(declared, folder, (f"fits the base in {printable(folder)}",))
+            if match.is_hub_id(declared):
+                return Placed(
+                    declared, folder, (f"fits the base in {printable(folder)}, used as a copy of {printable(declared)}",)
+                )
+            # Somebody else's path says nothing here, and would set this adapter apart from the others on the folder.
+            return Placed(None, folder, (f"fits the base in {printable(folder)}; it declares the path {printable(declared)}",))
         relation = same_model(declared, asked, self.aliases)
         if relation == "no" and match.is_hub_id(declared) and not self.force:
             raise InputError(
@@ -129,7 +145,7 @@ class Bases:
     def _check_declared(self, name: str, sites: Shapes, declared: str | None) -> Placed:
         if declared is None:
             return Placed(None, warnings=("NOT CHECKED against a base: it declares none; name one with --base",))
-        if declared.startswith(("\\\\", "//")):  # another machine's share, which a stranger's file must not make us open
+        if match.on_another_machine(declared):
             text = f"NOT CHECKED against its base {printable(declared)}, which is on another machine."
             return Placed(declared, warnings=(text + " Name a folder that holds a copy with --base.",))
         try:

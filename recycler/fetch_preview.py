@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from recycler.bases import Placed, Shapes
 from recycler.fetch_report import Fetched
 from recycler.intake import Intake
 from recycler.jobs import Job
 from recycler.locking import check_originals
 from recycler.zoo import config, formats, hub, inspect
+from recycler.zoo.errors import InputError
 from recycler.zoo.inspect import printable
 from recycler.zoo.kinds import Kind, kind_of
-from recycler.zoo.sources import INITIAL, Listing
+from recycler.zoo.preview import module_paths
+from recycler.zoo.safetensors_header import check_header
+from recycler.zoo.sources import INITIAL
 
 
 def preview(intake: Intake, job: Job) -> Fetched:
@@ -51,7 +55,11 @@ def _folder(intake: Intake, job: Job, folder: Path) -> Fetched:
     licence = inspect.card_licence(folder)
     warnings = intake.policy.check_licence(job.name, licence)
     if kind.how == "convert":
-        return _to_convert(intake, job, kind, settings, place, None, size)
+        header = inspect.read_header(folder / inspect.WEIGHTS)
+        plan, placed = _to_convert(intake, job, kind, settings, header, warnings)
+        return Fetched(
+            job.name, place, None, placed.base, placed.path, size, False, None, licence, None, placed.forced, plan
+        )  # fmt: skip
     adapter, receipt = formats.read(folder, job.name, source=place, max_bytes=intake.max_bytes)
     placed = intake.place(job, {path: factors.shape for path, factors in adapter.sites.items()}, adapter.base)
     warnings += intake.check_norm(job.name, adapter, placed.base)
@@ -73,7 +81,12 @@ def _repository(intake: Intake, job: Job) -> Fetched:
     settings = config.parse_json(raw, job.name)
     kind = kind_of(settings, initial=any("/" in name for name in listing.files))
     if kind.how == "convert":
-        return _to_convert(intake, job, kind, settings, place, listing.revision, listing.size, listing)
+        header = hub.header(source, listing, **intake.access)
+        plan, placed = _to_convert(intake, job, kind, settings, header, (*listing.notes, *warnings))
+        return Fetched(
+            job.name, place, listing.revision, placed.base, placed.path, listing.size, False, None, listing.licence, None,
+            placed.forced, plan,
+        )  # fmt: skip
     parsed = config.parse_config(raw, job.name)
     sites, receipt = formats.plan(parsed, hub.header(source, listing, **intake.access), job.name, source=place)
     placed = intake.place(job, {path: site.shape for path, site in sites.items()}, parsed.base)
@@ -88,13 +101,17 @@ def _to_convert(
     job: Job,
     kind: Kind,
     settings: Mapping[str, object],
-    place: str,
-    revision: str | None,
-    size: int,
-    listing: Listing | None = None,
-) -> Fetched:
-    declared = settings.get("base_model_name_or_path")
-    base = intake.bases.of(declared if isinstance(declared, str) and declared else None)
+    header: Mapping[str, tuple[int, ...]],
+    remarks: Sequence[str],
+) -> tuple[str, Placed]:
+    """What a conversion would take, with the `remarks` and what the comparison with the base adds; and that comparison.
+
+    Raises:
+        RecycleError: the conversion would be refused, by what the config, the header and the base's config tell.
+    """
+    read = config.check_convertible(settings, job.name)
+    check_header(header, job.name)
+    placed = intake.place(job, _sites(intake, job, kind, read, settings, header), read.base)
     needs = {
         "nothing": "",
         "shapes": ", which takes the config of its base",
@@ -102,10 +119,39 @@ def _to_convert(
     }
     loss = "without loss" if kind.lossless else "with a loss that is then measured"
     plan = f"{kind.name}; it would be converted into LoRA {loss}{needs[kind.needs]}"
-    notes = f" ({'; '.join(listing.notes)})" if listing and listing.notes else ""
-    return Fetched(
-        job.name, place, revision, base, None, size, False, None, listing.licence if listing else None, plan=plan + notes
-    )
+    more = (*remarks, *placed.notes, *placed.warnings)
+    return plan + (f" ({'; '.join(more)})" if more else ""), placed
+
+
+def _sites(
+    intake: Intake,
+    job: Job,
+    kind: Kind,
+    read: config.Settings,
+    settings: Mapping[str, object],
+    header: Mapping[str, tuple[int, ...]],
+) -> Shapes:
+    """Module path → (O, D) of what would be converted. Where the tensors do not tell O and D, they are the base's, so that it
+    is asked only whether the modules are there."""
+    chosen = intake.base_to_convert(job) or read.base
+    if chosen is None and kind.needs != "nothing":
+        raise InputError(
+            f"{job.name} is {kind.name}, and its base is not known.",
+            f"Its update cannot be computed without the {kind.needs} of the base, and it declares none.",
+            "Name the base with --base.",
+        )
+    known: Shapes = {}
+    if chosen is not None and kind.needs != "nothing":
+        if chosen.startswith(("\\\\", "//")):  # another machine's share, which a stranger's file must not make us open
+            raise InputError(
+                f"{job.name} is {kind.name}, and its base {printable(chosen)} is on another machine.",
+                f"Its update cannot be computed without the {kind.needs} of the base.",
+                "Name a folder that holds a copy with --base.",
+            )
+        known = intake.bases.shapes(chosen)
+    if settings.get("peft_type") == "LORA":  # only its start has to be taken out
+        return {path: site.shape for path, site in formats.plan(read, header, job.name)[0].items()}
+    return {path: known.get(path, (0, 0)) for path in sorted(module_paths(header, known))}
 
 
 def _pickled(intake: Intake, job: Job, layout: str, place: str, revision: str | None, sizes: Mapping[str, int]) -> Fetched:

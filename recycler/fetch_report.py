@@ -129,10 +129,9 @@ class FetchReport:
         kind = PartialError
         if not self.fetched and len(kinds) == 1:
             (kind,) = kinds  # type: ignore[assignment]
-        listing = "\n".join(f"{printable(f.source)}: {f.error}" for f in self.failures[:20])
-        more = f"\nand {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
+        listing = "\n".join(f"{printable(f.source)}: {f.error}" for f in self.failures)  # every one by name
         raise kind(
             f"{len(self.failures)} of {total} adapters were not fetched.",
-            listing + more,
+            listing,
             "The others are in the zoo." if self.fetched and not self.dry_run else "",
         )

@@ -18,7 +18,7 @@ from recycler.intake import Intake
 from recycler.jobs import Job, jobs_from_list, jobs_of
 from recycler.locking import jobs_from_lock
 from recycler.parallel import Tell, run_all
-from recycler.policy import Policy
+from recycler.policy import Policy, check_company
 from recycler.zoo import importers, inspect, licences
 from recycler.zoo.errors import InputError, RecycleError, UsageError, choices
 from recycler.zoo.inspect import printable
@@ -206,7 +206,8 @@ class _Run:
         return f"{self.came / 1e6:.1f} of {self.known / 1e6:.1f} MB" if self.known else ""
 
     def _judge_together(self) -> None:
-        """Outliers are known by the others, of which there were too few while the first came; so once more, all that are new."""
+        """Outliers and strangers are known by the others, of which there were too few while the first came; so once more, all that
+        are new. What a lock holds was accepted by its owner."""
         zoo = self.intake.zoo
         for index, outcome in self.results.items():
             for place, one in enumerate(outcome):
@@ -214,7 +215,10 @@ class _Run:
                     continue
                 entry = zoo.entry(one.name)
                 try:
-                    self.intake.policy.check_norm(one.name, entry.norm, entry.base, zoo.entries.values())
+                    if self.wanted[index].pinned is None:
+                        self.intake.policy.check_norm(one.name, entry.norm, entry.base, zoo.entries.values())
+                        if not self.intake.bases.force:
+                            check_company(entry, zoo.entries.values(), self.intake.bases.aliases)
                 except RecycleError as error:
                     zoo.remove(one.name)
                     outcome[place] = Failure(one.name, self.wanted[index].source.text, error)

@@ -19,7 +19,7 @@ from recycler.jobs import Job
 from recycler.locking import check_against, check_originals, listing_of, originals_of
 from recycler.parallel import Tell
 from recycler.policy import Policy
-from recycler.zoo import config, formats, hub, importers, inspect, staging, writing
+from recycler.zoo import config, formats, hub, importers, inspect, match, staging, writing
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, RecycleError, SecurityError
 from recycler.zoo.inspect import Receipt, printable
@@ -167,10 +167,12 @@ class Intake:
         """What the zoo holds already, looked at as if it had just come; only a base that was asked for is new."""
         with self._room:
             adapter, receipt = formats.read(self.zoo.folder(held.name), held.name, source=held.source, revision=held.revision)
-            placed = self.place(job, _shapes(adapter), adapter.base)
+            placed = _pinned_base(job, self.place(job, _shapes(adapter), adapter.base), receipt, adapter.base)
         warnings = self.policy.check_licence(held.name, held.licence)
         asked = None if self.bases.asked is None else placed.base
-        entry, note = self.zoo.record_base(held.name, asked, placed.path, forced=placed.forced)
+        entry, note = self.zoo.record_base(
+            held.name, asked, placed.path, base_revision=asked and placed.revision, forced=placed.forced
+        )
         return _fetched(entry, placed.stamp(receipt, (*notes, note), warnings))
 
     def _keep_folder(self, job: Job, folder: Path) -> list[Fetched | Failure]:
@@ -290,12 +292,16 @@ class Intake:
         from recycler.conversion import convert
 
         rank, energy = self._dials(job)
+        with self._room, _converting:
+            result = convert(staged, made, base=self.base_to_convert(job), rank=rank, energy=energy, name=job.name)
+        return {**result.to_json(), "rank": rank, "energy": energy}, result.lines()
+
+    def base_to_convert(self, job: Job) -> str | None:
+        """The base that a conversion asks: the one asked for, else a lock's; the adapter's own where None."""
         base = self.bases.of(None)
         if base is None and job.pinned is not None:
             base = job.pinned.base_path if job.pinned.base_path and Path(job.pinned.base_path).is_dir() else job.pinned.base
-        with self._room, _converting:
-            result = convert(staged, made, base=base, rank=rank, energy=energy, name=job.name)
-        return {**result.to_json(), "rank": rank, "energy": energy}, result.lines()
+        return base
 
     def _vet(self, job: Job, staged: Path, origin: Origin, converted: Mapping[str, Any] | None) -> Fetched:
         pinned = job.pinned
@@ -313,14 +319,18 @@ class Intake:
             if pinned is not None:
                 norm, more = check_against(pinned, facts_of(staged), norm)
                 warnings += more
+            placed = _pinned_base(job, placed, receipt, adapter.base)
             if self.bases.asked is None and known is not None and known.base:  # said before, and nothing else was said now
-                placed = replace(placed, base=known.base, path=known.base_path, forced=known.forced_base)
+                placed = Placed(
+                    known.base, known.base_path, placed.notes, placed.warnings, known.forced_base, known.base_revision
+                )
             adapter = replace(adapter, base=placed.base, licence=licence)
             entry, receipt = self.zoo.keep(
                 staged,
                 adapter,
                 placed.stamp(receipt, origin.notes, warnings),
                 base_path=placed.path,
+                base_revision=placed.revision,
                 converted=converted,
                 forced_base=placed.forced,
                 added=pinned.added if pinned else None,
@@ -346,6 +356,14 @@ class Intake:
 
 
 _converting = threading.Lock()  # PEFT and transformers change settings of the process while they build a model
+
+
+def _pinned_base(job: Job, placed: Placed, receipt: Receipt, declared: str | None) -> Placed:
+    """With the revision of the base that is recorded: a lock's, else what the adapter declares, else what was looked up."""
+    if job.pinned is not None and match.same_base(job.pinned.base, placed.base):
+        return replace(placed, revision=job.pinned.base_revision)
+    own = receipt.base_revision if match.same_base(declared, placed.base) else None
+    return replace(placed, revision=own or placed.revision)
 
 
 def _fetched(entry: Entry, receipt: Receipt) -> Fetched:

@@ -43,6 +43,8 @@ def jobs_of(sources: Sequence[str | Path], names: Sequence[str] | None, *, layou
         InputError: more folders than can be looked through.
     """
     found = [one for text in sources for one in _expand(Source.parse(text), layout)]
+    if names is None:  # the same source twice is one
+        found = list({(source.place, source.revision): (stem, source) for stem, source in reversed(found)}.values())[::-1]
     if not found:
         raise UsageError("There is nothing to fetch.", fix="Name a repository on the Hub or a folder.")
     if names is not None and len(names) != len(found):

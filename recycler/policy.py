@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from recycler.zoo import licences, match
+from recycler.zoo.aliases import same_model
 from recycler.zoo.errors import InputError, shorten
 from recycler.zoo.inspect import printable
 from recycler.zoo.manifest import Entry
@@ -73,5 +75,28 @@ class Policy:
         raise InputError(
             f"{name} is kept out of the zoo: its {what}.",
             "In any mixture it would drown the others; a scale may be wrong, or somebody wants it to win.",
-            "Look at it with recycle zoo health in a zoo of its own. If it is meant, add --accept-outlier.",
+            "Leave it out; or keep it with --accept-outlier, and look at it beside the others: recycle zoo health",
         )
+
+
+def check_company(entry: Entry, others: Iterable[Entry], aliases: Sequence[str] = ()) -> None:
+    """Compare the base that an adapter declares with those that the others on the same folder declare. A folder is taken at its
+    word as a copy of whatever an adapter declares, and shapes cannot tell two models of a family apart: the company can.
+
+    Raises:
+        InputError: it stands alone against two others or more, and nobody insisted.
+    """
+    if entry.forced_base or not entry.base_path or not match.is_hub_id(entry.base):
+        return
+    mine = str(entry.base)
+    peers = [str(o.base) for o in others if o.base_path == entry.base_path and o.name != entry.name and match.is_hub_id(o.base)]
+    against = [base for base in peers if same_model(base, mine, aliases) == same_model(mine, base, aliases) == "no"]
+    if len(against) < 2 or len(against) <= 2 * (len(peers) - len(against)):
+        return
+    common = Counter(against).most_common(1)[0][0]
+    raise InputError(
+        f"{entry.name} was trained for {printable(mine)}; {len(against)} others that use {printable(entry.base_path)} were trained for "
+        f"{printable(common)}.",
+        "One folder is a copy of one base. On another one its update means something else, even where the shapes are the same.",
+        f"Leave it out. If they are the same model, say so: --base-alias {printable(entry.base)}. --force-base takes it as it is.",
+    )

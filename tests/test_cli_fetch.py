@@ -73,3 +73,10 @@ def test_exit_codes(pile: Path, tmp_path: Path, args: list[str], code: int, text
     done = recycle("fetch", *given, "--zoo", tmp_path / "zoo")
     assert done.exit_code == code and text in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "zoo" / "zoo.json").exists()
+
+
+def test_json_of_one_source_that_is_refused(tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad", peft_type="IA3")
+    done = recycle("fetch", bad, "--zoo", tmp_path / "zoo", "--json")
+    (failure,) = json.loads(done.stdout)["failures"]
+    assert done.exit_code == failure["exit_code"] == 3 and "IA3" in failure["message"] and failure["source"] == str(bad)

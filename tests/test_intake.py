@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from recycler.cli_fetch import fetch_command
 from recycler.fetching import fetch
 from recycler.zoo import importers
-from recycler.zoo.errors import InputError, SecurityError
+from recycler.zoo.errors import HubError, InputError, RecycleError, SecurityError
 from recycler.zoo.store import Zoo
 
 
@@ -264,3 +264,120 @@ def test_a_plain_adapter_leaves_its_start_where_it_is(zoo: Zoo, hub: Hub, llama:
     hub.add("org/plain", folder)
     fetch("org/plain", llama.base, zoo, endpoint=hub.url)
     assert not hub.lines("pissa_init") and zoo.entry("plain").converted is None
+
+
+# -------------------------------------------------------------------------------------------------- dry runs of conversions
+
+
+def on_the_hub(hub: Hub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """org/base, which the client finds without being told where the Hub is."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    hub.add("org/base", base)
+
+
+def declaring(folder: Path, **settings: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+def refused_alike(zoo: Zoo, hub: Hub, source: Path, base: str | Path | None, error: type[RecycleError], text: str) -> None:
+    """From a folder and from the Hub, with and without --dry-run."""
+    repo = f"org/odd-{len(hub.repos)}"
+    hub.add(repo, source)
+    for place in (source, repo):
+        for dry_run in (True, False):
+            with pytest.raises(error, match=text) as caught:
+                fetch(place, base, zoo, dry_run=dry_run, endpoint=hub.url)
+            assert caught.value.exit_code == error.exit_code
+    assert not zoo.manifest.exists()
+
+
+def test_a_dry_run_refuses_a_conversion_for_another_base(
+    zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_hub(hub, llama.base, monkeypatch)
+    hub.add("org/other", llama.base)
+    folder = declaring(loha(llama.base, tmp_path / "odd"), base_model_name_or_path="org/base")
+    refused_alike(zoo, hub, folder, "org/other", InputError, r"trained for org/base, not for org/other")
+    plan = fetch(folder, "org/other", zoo, base_alias=["org/base"], dry_run=True, endpoint=hub.url)
+    assert plan.fetched[0].base == "org/other" and "said to be another name of org/other" in str(plan)
+
+
+def test_a_dry_run_refuses_a_conversion_of_garbage(zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path) -> None:
+    folder = loha(llama.base, tmp_path / "odd")
+    (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 4000)
+    refused_alike(zoo, hub, folder, llama.base, SecurityError, "adapter_model.safetensors")
+
+
+def test_a_dry_run_refuses_a_conversion_that_does_not_fit(zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = loha(llama.base, tmp_path / "odd")
+    weights = folder / "adapter_model.safetensors"
+    save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in load_file(weights).items()}, weights)
+    refused_alike(zoo, hub, folder, llama.base, InputError, r"2 of 4 sites are not in it: model\.layers\.7\.")
+
+
+def test_a_dry_run_refuses_a_conversion_without_its_base(
+    zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_hub(hub, llama.base, monkeypatch)
+    folder = declaring(loha(llama.base, tmp_path / "odd"), base_model_name_or_path="org/absent")
+    refused_alike(zoo, hub, folder, "org/absent", HubError, "org/absent cannot be had")
+    refused_alike(zoo, hub, folder, None, HubError, "org/absent cannot be had")
+    refused_alike(zoo, hub, declaring(folder, base_model_name_or_path=None), None, InputError, "its base is not known")
+    with pytest.raises(InputError, match="on another machine"):
+        fetch(declaring(folder, base_model_name_or_path="//host/share"), zoo=zoo, dry_run=True)
+
+
+def test_a_dry_run_of_a_conversion_says_the_rest(zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path) -> None:
+    folder = loha(llama.base, tmp_path / "odd")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.add("org/odd", folder)
+    silent = loha(llama.base, tmp_path / "silent")
+    (silent / "README.md").unlink()
+    for source in (folder, "org/odd"):
+        (plan,) = fetch(source, llama.base, zoo, license_allow=["mit"], dry_run=True, endpoint=hub.url).fetched
+        assert plan.licence == "mit" and plan.base_path == str(llama.base) and "fits the base in" in plan.plan
+    assert "states no licence" in str(fetch(silent, llama.base, zoo, license_allow=["mit"], dry_run=True))
+
+
+# --------------------------------------------------------------------------------------------------- the commit of the base
+
+
+def test_the_commit_of_the_base_is_recorded(
+    zoo: Zoo, hub: Hub, llama: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_hub(hub, llama.base, monkeypatch)
+    one, two, three = (
+        declaring(other_kind(llama.base, tmp_path / name, peft.LoraConfig(r=2), seed), **said)
+        for seed, (name, said) in enumerate(
+            {
+                "one": {"base_model_name_or_path": "org/base"},
+                "two": {"base_model_name_or_path": "org/base", "revision": "v1"},
+                "three": {"base_model_name_or_path": None},
+            }.items()
+        )
+    )
+    commit = hub.repos["org/base"].refs["main"]
+    fetch([one, two, three], zoo=zoo).raise_for_failures()
+    assert [zoo.entry(name).base_revision for name in ("one", "two", "three")] == [commit, "v1", None]
+    fetch(three, "org/base", zoo)  # the base, said later, comes with its commit
+    assert zoo.entry("three").base_revision == commit
+
+    asked = len(hub.log)
+    offline, copy, restored = Zoo(tmp_path / "offline"), Zoo(tmp_path / "copy"), Zoo(tmp_path / "restored")
+    fetch(one, "org/base", offline, offline=True)
+    fetch(one, llama.base, copy)
+    assert offline.entry("one").base_revision == commit and copy.entry("one").base_revision is None
+    assert len(hub.log) == asked
+
+    hub.repos["org/base"].commit({**files(llama.base), "README.md": b"went on"})
+    kept = zoo.manifest.read_bytes()
+    fetch([one, three], "org/base", zoo).raise_for_failures()
+    assert zoo.manifest.read_bytes() == kept
+    fetch(lock=zoo.manifest, zoo=restored).raise_for_failures()
+    assert without_time(restored) == without_time(zoo)

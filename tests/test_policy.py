@@ -154,3 +154,33 @@ def test_licences(zoo: Zoo, tmp_path: Path) -> None:
 
 def test_a_policy_asks_nothing_by_default() -> None:
     assert Policy().check_licence("math", None) == () == Policy().check_norm("math", 1e9, "org/base", [])
+
+
+# ------------------------------------------------------------------------------------------------------------- the company
+
+
+def test_one_folder_is_a_copy_of_one_base(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes cannot tell two models of a family apart; what the others declare can, whoever comes first."""
+    monkeypatch.setattr(recycler.base, "linear_shapes", lambda base: SHAPES)
+    base = tmp_path / "base"
+    base.mkdir()
+    declared = {"alien": "org/other", "math": "org/base", "law": "unsloth/base-bnb-4bit", "code": "org/base"}
+    pile = [write(tmp_path / n, tensors(seed=i), base_model_name_or_path=of) for i, (n, of) in enumerate(declared.items())]
+    report = fetch(pile, base=base, zoo=zoo, jobs=1)
+    (failure,) = report.failures
+    assert (
+        failure.name == "alien"
+        and "trained for org/other; 3 others" in str(failure.error)
+        and "--force-base" in failure.error.fix
+    )
+    assert sorted(zoo) == ["code", "law", "math"] and not zoo.verify()
+    assert fetch(pile[:1], base=base, zoo=zoo, base_alias=["org/other"]).names == ["alien"]
+    zoo.remove("alien")
+    assert fetch(pile[:1], base=base, zoo=zoo, force_base=True).names == ["alien"]
+    two = fetch(pile[:2], base=base, zoo=Zoo(tmp_path / "two"))  # who is the stranger among two?
+    assert two.names == ["alien", "math"]
+
+
+def test_the_same_source_twice_is_one(zoo: Zoo, tmp_path: Path) -> None:
+    folder = write(tmp_path / "math", base_model_name_or_path=None)
+    assert fetch([folder, str(folder)], zoo=zoo).names == ["math"]

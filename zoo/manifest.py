@@ -32,7 +32,7 @@ class Entry:
         revision: the 40-hex commit when it came from the Hub.
         base: the base model it is for, None where unknown.
         base_path: a local folder that serves as a copy of the base, or None.
-        base_revision: the revision of the base that it declares, usually None.
+        base_revision: the commit of the base that it was compared with, or the revision that it declares; None for a folder.
         files: file name → {"sha256", "size"}.
         sites: how many linears it touches. parameters: numbers in its factors.
         added: when, in UTC, ISO 8601.
@@ -118,8 +118,9 @@ def read_manifest(path: Path) -> dict[str, Entry]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{printable(error)} is missing" if isinstance(error, KeyError) else printable(error)
         raise InputError(
-            f"{path} cannot be read: {printable(error)}.",
+            f"{path} cannot be read: {why}.",
             "It is the list of what the zoo holds, and was cut or edited by hand.",
             "Restore it, or move it away and fetch the adapters again.",
         ) from error

@@ -81,6 +81,11 @@ def is_hub_id(base: str | None) -> bool:
     return base is not None and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", base))
 
 
+def on_another_machine(base: str) -> bool:
+    """Whether a declared base is a network share (UNC), which a stranger's file must not make us open."""
+    return base.startswith(("\\\\", "//"))
+
+
 def by_base(bases: Mapping[str, str | None]) -> dict[str | None, list[str]]:
     """Adapter names by declared base: the sets that can share a model (`bases`: name → base)."""
     groups: dict[str | None, list[str]] = {}

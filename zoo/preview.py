@@ -260,7 +260,7 @@ class _Look:
         shapes = self._header()
         if shapes is not None:
             check_header(shapes, self.seen.name)
-            paths = _paths(shapes, self.shapes or {})
+            paths = module_paths(shapes, self.shapes or {})
             if self.shapes is not None:  # their shapes are not in these tensors, so it is asked only whether they are there
                 match.check_sites(self.seen.name, {path: self.shapes.get(path, (0, 0)) for path in paths}, self.shapes)
             named = sorted({printable(path.rsplit(".", 1)[-1], 60) for path in paths})
@@ -320,7 +320,7 @@ def _claims(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _paths(shapes: Mapping[str, tuple[int, ...]], known: Collection[str]) -> set[str]:
+def module_paths(shapes: Mapping[str, tuple[int, ...]], known: Collection[str]) -> set[str]:
     """The modules that tensors of any method are named after: those of the base where `known`, else what is before the
     parameter's own name."""
     found = set()

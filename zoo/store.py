@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recycler.zoo import formats, inspect, staging
+from recycler.zoo import formats, inspect, match, staging
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import SecurityError, UsageError, shorten
 from recycler.zoo.inspect import Receipt, printable
@@ -41,6 +41,11 @@ class Problem:
     name: str
     file: str
     what: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether contents differ from those that were vetted; else a file is missing, or does not belong there."""
+        return self.what.startswith("changed")
 
     def __str__(self) -> str:
         return f"{printable(self.name)}: {printable(self.file)}: {self.what}"
@@ -179,6 +184,7 @@ class Zoo(Mapping[str, Adapter]):
         receipt: Receipt,
         *,
         base_path: str | None = None,
+        base_revision: str | None = None,
         converted: Mapping[str, Any] | None = None,
         forced_base: bool = False,
         added: str | None = None,
@@ -189,6 +195,7 @@ class Zoo(Mapping[str, Adapter]):
 
         Args:
             base_path: a folder that serves as a copy of the base.
+            base_revision: a commit of the base; what the adapter declares where None.
             converted, forced_base: as in `Entry`.
             added, norm: what to record, where a lock says so; now, and what is measured, where None.
 
@@ -202,7 +209,7 @@ class Zoo(Mapping[str, Adapter]):
             revision=adapter.revision,
             base=adapter.base,
             base_path=base_path,
-            base_revision=receipt.base_revision,
+            base_revision=base_revision or receipt.base_revision,
             files=facts_of(staged),
             licence=adapter.licence,
             ranks=receipt.ranks,
@@ -254,7 +261,15 @@ class Zoo(Mapping[str, Adapter]):
         same = entry is not None and revision is not None and (entry.source, entry.revision) == (source, revision)
         return entry if entry is not None and same and not _verify(self._home(name), entry) else None
 
-    def record_base(self, name: str, base: str | None, base_path: str | None, *, forced: bool = False) -> tuple[Entry, str]:
+    def record_base(
+        self,
+        name: str,
+        base: str | None,
+        base_path: str | None,
+        *,
+        base_revision: str | None = None,
+        forced: bool = False,
+    ) -> tuple[Entry, str]:
         """Note the base of an adapter that the zoo holds, where it is given; what it holds else stays as it is.
 
         Returns:
@@ -264,7 +279,8 @@ class Zoo(Mapping[str, Adapter]):
             entries = dict(self.entries)
             _require([name], entries)
             old = entries[name]
-            entry, note = _with_base(old, replace(old, base=base, base_path=base_path, forced_base=forced))
+            said = replace(old, base=base, base_path=base_path, base_revision=base_revision, forced_base=forced)
+            entry, note = _with_base(old, said)
             if entry != old:
                 write_manifest(self.manifest, {**entries, name: entry})
         return entry, note
@@ -347,7 +363,14 @@ def _with_base(old: Entry, new: Entry) -> tuple[Entry, str]:
     """The entry that is kept where contents are the same: the old one, with the base where only the new one
     has it."""
     forced = new.forced_base if new.base else old.forced_base
-    entry = replace(old, base=new.base or old.base, base_path=new.base_path or old.base_path, forced_base=forced)
+    same = new.base is None or match.same_base(new.base, old.base)
+    entry = replace(
+        old,
+        base=new.base or old.base,
+        base_path=new.base_path or old.base_path,
+        base_revision=(same and old.base_revision) or new.base_revision,  # a commit once recorded stays
+        forced_base=forced,
+    )
     note = f"{old.name} is in the zoo already, with the same contents"
     return entry, note + ("; left as it was" if entry == old else "; its base was recorded")
 
