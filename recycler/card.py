@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recycler.zoo import licences
+from recycler.zoo.inspect import printable
 from recycler.zoo.match import is_hub_id
 
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f|<>`]")
+_MARKUP = re.compile(r"[|<>`]")
 
 
 def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
@@ -30,8 +31,10 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         "base_model_relation": "merge",
         "tags": ["lora", "mixture-of-experts", "recycler"],
     }
-    if roll.single:
+    if roll.single in licences.TERMS:
         header["license"] = roll.single
+    elif roll.single:  # a stranger's words belong in the table below, not in the header
+        header |= {"license": "other", "license_name": "as-stated-below"}
     elif roll.by_licence:  # where none is stated at all, nothing can be said in one word
         header |= {"license": "other", "license_name": "several-licences"}
     own = (router.facts.get("profile") or {}).get("own", {})
@@ -98,4 +101,4 @@ def _cut(model: RoutedModel) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text from somewhere else, safe in a table cell."""
-    return _CONTROL.sub(" ", text).strip()
+    return _MARKUP.sub(" ", printable(text, 500)).strip()

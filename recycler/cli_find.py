@@ -103,6 +103,8 @@ def _table(report: SearchReport) -> None:
 def _verdict(one: Candidate, short: bool) -> str:
     """The verdict and its reason: ``refused: holds its weights as a pickle only``. An address is never cut."""
     text = one.verdict if one.reason == one.verdict else f"{one.verdict}: {one.reason.removeprefix(one.verdict + ', ')}"
+    if one.gated and "gated" not in text:
+        text = f"gated, {text}"
     return text if not short or len(text) <= 64 or "://" in text else text[:63] + "…"
 
 

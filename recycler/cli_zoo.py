@@ -83,9 +83,12 @@ def zoo_remove(names: tuple[str, ...], zoo_path: str | None, as_json: bool) -> N
 @in_zoo
 @as_json
 def zoo_verify(names: tuple[str, ...], zoo_path: str | None, as_json: bool) -> None:
-    """Hash every file again and compare with zoo.json; exit code 3 where something differs."""
+    """Hash every file again and compare with zoo.json.
+
+    Exit code 4 where contents changed, 3 where files are missing or do not belong there.
+    """
     from recycler.terminal import say
-    from recycler.zoo.errors import InputError
+    from recycler.zoo.errors import InputError, SecurityError
 
     zoo = open_zoo(zoo_path)
     problems = zoo.verify(names or None)
@@ -95,7 +98,12 @@ def zoo_verify(names: tuple[str, ...], zoo_path: str | None, as_json: bool) -> N
         for problem in problems:
             click.echo(str(problem))
     if problems:
-        raise InputError(f"{len(problems)} files differ from zoo.json.", "", "Remove those adapters and fetch them again.")
+        kind = SecurityError if any(problem.changed for problem in problems) else InputError
+        raise kind(
+            f"{len(problems)} files differ from zoo.json.",
+            "They were vetted as they were then.",
+            "Fetch those adapters again: recycle fetch --from zoo.json, or by their sources.",
+        )
     say(f"{len(names or zoo)} adapters are as they were fetched")
 
 

@@ -36,7 +36,7 @@ from recycler.zoo.config import check_convertible, parse_json, read_config
 from recycler.zoo.errors import InputError
 from recycler.zoo.inspect import printable
 from recycler.zoo.kinds import Kind, kind_of
-from recycler.zoo.match import check_sites
+from recycler.zoo.match import check_sites, on_another_machine
 from recycler.zoo.sources import INITIAL
 
 LOSSY_ENERGY, LOSSY_RANK = 0.999, 128
@@ -229,6 +229,12 @@ class _Base:
             raise InputError(
                 f"{name} is {kind.name}, and its base is not known.",
                 f"Its update cannot be computed without the {kind.needs} of the base, and it declares none.",
+                "Name the base with --base.",
+            )
+        if base is None and on_another_machine(chosen):
+            raise InputError(
+                f"{name} declares a base on another machine, {printable(chosen)}.",
+                "A stranger's file must not make this machine open it.",
                 "Name the base with --base.",
             )
         layout = Layout(skeleton(chosen))

@@ -192,7 +192,9 @@ def extract(
     copy = None if declared else str(before.folder.resolve())
     receipt = None
     with _place(out) as made:
-        writing.write_adapter(made, tally.factors, base=declared or copy, base_revision=before.revision)
+        # In the zoo the folder is recorded as a copy; as the name of a base it would set this adapter apart from the others'.
+        written = declared or (None if out is None else copy)
+        writing.write_adapter(made, tally.factors, base=written, base_revision=before.revision)
         writing.copy_papers(after.folder, made)
         if chosen is not None:
             zoo = Zoo() if zoo is None else zoo
@@ -263,21 +265,30 @@ def _strangers(layout: Layout, after: Checkpoint, used: set[str]) -> tuple[str, 
     """A note on tensors of the tuned model that the base has no place for. Second copies of tied weights are not among them.
 
     Raises:
-        InputError: a weight that is tied in the base has been untied and changed.
+        InputError: they are weights of layers that the base lacks, or one that is tied in the base has been untied and changed.
     """
     others = [key for key in after.shapes if key not in used]
     strange = []
     for key in others:
         twin = layout.key(after, key)
         if twin is None or twin == key:
-            strange.append(printable(key))
+            strange.append(key)
         elif not torch.equal(after.tensor(key), after.tensor(twin)):
             raise InputError(
                 f"{printable(key)} has weights of its own in {printable(after.name)}; in the base it is tied to {printable(twin)}.",
                 "What it became cannot be said as an update of the base.",
                 "It cannot become an adapter of this base.",
             )
-    return (f"only in the tuned model, and not in the adapter: {shorten(strange, 5)}",) if strange else ()
+    matrices = [key for key in strange if len(after.shapes[key]) == 2]
+    if matrices:
+        raise InputError(
+            f"{printable(after.name)} holds {len(matrices)} matrices that the base has no place for: "
+            f"{shorten(map(printable, matrices), 5)}.",
+            "A layer or a head that was added cannot ride on an adapter, and leaving it out would change what the model does.",
+            "Give the base that the tuning started from, of the same depth.",
+        )
+    names = shorten(map(printable, strange), 5)  # buffers that older versions saved, such as rotary_emb.inv_freq
+    return (f"only in the tuned model, and not in the adapter: {names}",) if strange else ()
 
 
 def _compare(

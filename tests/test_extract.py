@@ -239,6 +239,22 @@ def test_resized_embeddings(llama: Pico, tuned: Path, tmp_path: Path) -> None:
     assert "vocabulary" in caught.value.why + caught.value.fix and not (tmp_path / "out").exists()
 
 
+def test_a_deeper_model(llama: Pico, tmp_path: Path) -> None:
+    """A layer that was added must not be left out without a word; a buffer that older versions saved may be."""
+
+    def buffer(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["model.layers.0.mlp.up_proj.weight"].add_(0.01)
+
+    older = change(Path(shutil.copytree(llama.base, tmp_path / "older")), buffer)
+    assert any("inv_freq" in note for note in extract(older, llama.base, out=tmp_path / "out").notes)
+    deeper = Path(shutil.copytree(llama.base, tmp_path / "deeper"))
+    change(deeper, lambda tensors: tensors.update({k.replace("layers.1", "layers.2"): t.clone() for k, t in tensors.items()}))
+    with pytest.raises(InputError, match=r"matrices that the base has no place for: model\.layers\.2") as caught:
+        extract(deeper, llama.base, out=tmp_path / "no")
+    assert "depth" in caught.value.fix and not (tmp_path / "no").exists()
+
+
 def test_another_architecture(llama: Pico, t5: Pico, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing on one side"):
         extract(t5.base, llama.base, out=tmp_path / "out")

@@ -230,17 +230,17 @@ def test_compose_asks(llama: Pico, tmp_path: Path) -> None:
         (("mit", None), "other", "not stated for b"),
         ((None, None), None, "none stated"),
         (("gpl-3.0", "cc-by-nc-4.0"), "other", "in conflict: a, b: gpl-3.0 forbids"),
-        (("x | <script>", "x | <script>"), "x | <script>", "all state x"),
+        (("x | <script>", "x | <script>"), "other", "all state x"),
     ],
 )
 def test_the_card(cards: tuple[str | None, str | None], license_: str | None, says: str) -> None:
     facts: dict[str, object] = {}
     router = SimpleNamespace(facts=facts, method=lambda: "uniform", paper="", config=SimpleNamespace())
     adapters = [
-        {"name": name, "source": "org/x", "revision": None, "licence": licence, "sha256": "0" * 64}
+        {"name": name, "source": "org/\u202ex\x1b[31m", "revision": None, "licence": licence, "sha256": "0" * 64}
         for name, licence in zip("ab", cards, strict=True)
     ]
     model = SimpleNamespace(router=router, truncated={})
     _, header, text = card(model, {"base": {"id": "org/base"}, "adapters": adapters}).split("---\n", 2)  # type: ignore[arg-type]
-    assert yaml.safe_load(header).get("license") == license_
-    assert says in text and "<script>" not in text
+    assert yaml.safe_load(header).get("license") == license_ and "<script>" not in header
+    assert says in text and "<script>" not in text and "\u202e" not in text and "\x1b" not in text

@@ -19,6 +19,7 @@ from safetensors.torch import save
 import recycler
 from recycler import cli_find
 from recycler.cli import main
+from recycler.cli_find import _verdict
 from recycler.search_report import SearchReport
 from recycler.zoo import hub_search
 from recycler.zoo.errors import HubError, UsageError
@@ -260,7 +261,9 @@ def test_gated(hub: Hub, find: Callable[..., SearchReport], monkeypatch: pytest.
     assert (
         one.reason == f"gated: ask for access at {hub.url}/org/math" and "HF_TOKEN" not in one.fix and len(resolved(hub)) == 1
     )
-    assert only(find(token="hf_friend")).verdict == "usable" and len(resolved(hub)) == 3
+    friend = only(find(token="hf_friend"))
+    assert friend.verdict == "usable" and friend.gated and len(resolved(hub)) == 3
+    assert _verdict(friend, True) == "gated, usable"
     assert not find(gated=False).candidates and find(gated=True).candidates
 
 
