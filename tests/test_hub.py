@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapters import files, write
 from hub_server import Hub, running
+from huggingface_hub import hf_hub_download
 from safetensors.torch import save
 
 from recycler.zoo import client_cache, formats, hub_errors, patience
@@ -477,12 +478,26 @@ def test_the_server_lists_as_the_hub_does(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_peek_is_one_request_or_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/base", {"config.json": b"{}"})
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    assert "adapter_config.json" in (client.peek("org/math") or [])
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    hf_hub_download("org/base", "config.json")
+    hub.log.clear()
+    assert "adapter_config.json" in (client.peek("org/math") or []) and hub.lines() == ["GET /api/models/org/math"]
     with pytest.raises(HubError, match="org/absent was not found"):
         client.peek("org/absent")
+    assert hub.lines()[1:] == ["GET /api/models/org/absent"]
+    assert client.peek("org/base") == ["config.json"]  # the Hub comes first
+    hub.fault("api/models/org", "status", status=500, times=99)
+    assert client.peek("org/base") is None
+    with pytest.raises(HubError, match="org/math"):
+        client.peek("org/math")
+    asked = len(hub.log)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="offline mode"):
         client.peek("org/math")
+    assert client.peek("org/base") is None
     with pytest.raises(HubError):
         client.peek("/no/such/folder")
+    assert len(hub.log) == asked

@@ -92,6 +92,14 @@ def test_after_a_fetch_nothing_needs_the_network(llama: Pico, tmp_path: Path) ->
             ["compose", "--router", tmp_path / "gates", "--out", tmp_path / "model"],
             ["run", tmp_path / "model", "-p", "Add 2 and 3.", "--max-new-tokens", 3],
             ["eval", tmp_path / "model", *tasks, "--rows", 1, "--max-new-tokens", 2],
+            ["compose", "--router", tmp_path / "gates", "--out", tmp_path / "small", "--max-rank", 1],
+            ["zoo", "check", "--base", llama.base],
+            ["zoo", "health"],
+            ["zoo", "licences"],
+            ["zoo", "show", "again"],
+            ["zoo", "path", "again"],
+            ["fetch", "--from", tmp_path / "zoo" / "zoo.json", "--zoo", tmp_path / "same"],
+            ["zoo", "remove", "again"],
         ],
         tmp_path,
         sockets=False,
@@ -99,6 +107,11 @@ def test_after_a_fetch_nothing_needs_the_network(llama: Pico, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model" / "recycle.json").exists() and "mean exact match" in done.stdout
+    zoo, same = Zoo(tmp_path / "zoo"), Zoo(tmp_path / "same")
+    assert (
+        tmp_path / "small" / "recycle.json"
+    ).exists() and f"{zoo.path / same.folder('again').relative_to(same.path)}\n" in done.stdout
+    assert set(same) == {*zoo, "again"} and "again" not in zoo and same.verify() == []
 
 
 def test_a_base_that_only_the_cache_holds(llama: Pico, tmp_path: Path) -> None:
@@ -150,6 +163,22 @@ def test_the_clients_settings_are_honoured(tmp_path: Path, hub: Hub) -> None:
     assert list((tmp_path / "hf" / "hub" / "models--org--math" / "blobs").iterdir())
     sent = {(r.origin, r.headers.get("authorization")) for r in hub.log[-6:]}
     assert ("hub", "Bearer hf_secret") in sent and ("cdn", "Bearer hf_secret") not in sent and "hf_secret" not in done.stderr
+
+
+def test_a_search_honours_the_clients_settings_too(tmp_path: Path, hub: Hub) -> None:
+    hub.add("org/gated", write(tmp_path / "gated", base_model_name_or_path="org/base"), gated="manual")
+    hub.repos["org/gated"].cards[hub.repos["org/gated"].refs["main"]] = {"base_model": "org/base", "library_name": "peft"}
+    hub.tokens["hf_secret"] = {"org/gated"}
+    search = [["search", "--base", "org/base", "--no-check", "--json"]]
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    for zoo, token in (("one", {}), ("two", {"HF_TOKEN": "hf_secret"})):
+        asked = len(hub.log)
+        done = run(search, tmp_path, RECYCLE_ZOO=str(tmp_path / zoo), **settings, **token)
+        assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr, done.stderr
+        sent = {(r.origin, r.headers.get("authorization", r.headers.get("Authorization"))) for r in hub.log[asked:]}
+        assert ("hub", f"Bearer {token['HF_TOKEN']}" if token else None) in sent
+        assert not token or all(who == (f"Bearer {token['HF_TOKEN']}" if origin == "hub" else None) for origin, who in sent)
+    assert [one["verdict"] for one in json.loads(done.stdout)["candidates"]] == ["usable"]  # read with the token
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
