@@ -265,7 +265,7 @@ USAGE: list[tuple[list[str], str]] = [
     (["eval", "MODEL", "TASK", "--answers", "TASK"], "is a file"),
     (["fetch", "MATH", "--as", "base"], "is the base itself"),
     (["fetch", "MATH", "--as", "Con/con"], "cannot name an adapter"),
-    (["fetch", "MATH", "MATH"], "Several adapters would be called math"),
+    (["fetch", "MATH", "org/math"], "Several adapters would be called math"),
     (["zoo", "show", "maht"], "Not in the zoo: maht. It holds: math"),
     (["zoo", "remvoe"], "remvoe"),
     (["prose"], "prose"),
