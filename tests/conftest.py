@@ -96,3 +96,19 @@ def smollm() -> Path:
     from get_base import get_base
 
     return get_base(Path(_HOME) / "smollm", package=True)
+
+
+@pytest.fixture
+def two_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all bases, org/base and org/other can be had; both have the linears of `adapters.SHAPES`."""
+    from adapters import SHAPES
+
+    import recycler.base
+    from recycler.zoo.errors import HubError
+
+    def linear_shapes(base: str) -> dict[str, tuple[int, int]]:
+        if base not in ("org/base", "org/other"):
+            raise HubError(f"{base} could not be had.")
+        return dict(SHAPES)
+
+    monkeypatch.setattr(recycler.base, "linear_shapes", linear_shapes)

@@ -328,7 +328,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def route(self) -> None:
-        raise NotImplementedError
+        """Raises the answer; each origin has its own."""
+        raise _Answer(404, error="Not Found")
 
     def send(self, answer: _Answer, fault: Fault | None) -> None:
         body = answer.body

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapters import SHAPES, files, tensors, write
+from adapters import files, tensors, write
 from hub_server import Hub, running
 
-import recycler.base
 from recycler.fetching import fetch
 from recycler.zoo.errors import HubError, InputError, PartialError, SecurityError
 from recycler.zoo.store import Zoo
@@ -21,14 +20,7 @@ from recycler.zoo.store import Zoo
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    def linear_shapes(base: str) -> Mapping[str, tuple[int, int]]:
-        if base not in ("org/base", "org/other"):
-            raise HubError(f"{base} could not be had.")
-        return SHAPES
-
-    monkeypatch.setattr(recycler.base, "linear_shapes", linear_shapes)
+pytestmark = pytest.mark.usefixtures("two_bases")
 
 
 @pytest.fixture

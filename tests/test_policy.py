@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from adapters import SHAPES, tensors, write
 import recycler.base
 from recycler.fetching import fetch
 from recycler.policy import Policy
-from recycler.zoo.errors import HubError, InputError, UsageError
+from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.store import Zoo
 
 
@@ -22,16 +21,7 @@ def zoo(tmp_path: Path) -> Zoo:
     return Zoo(tmp_path / "zoo")
 
 
-@pytest.fixture(autouse=True)
-def bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all bases, org/base and org/other can be had."""
-
-    def linear_shapes(base: str) -> Mapping[str, tuple[int, int]]:
-        if base not in ("org/base", "org/other"):
-            raise HubError(f"{base} could not be had.")
-        return SHAPES
-
-    monkeypatch.setattr(recycler.base, "linear_shapes", linear_shapes)
+pytestmark = pytest.mark.usefixtures("two_bases")
 
 
 def strong(factor: float, seed: int = 0) -> dict[str, torch.Tensor]:
