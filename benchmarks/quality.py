@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import recycler
-    from recycler.routers.base import methods
+    from recycler.routers.discovery import methods
     from recycler.run import write_answers
     from recycler.terminal import bars, evaluation_table, profile_table, say
 

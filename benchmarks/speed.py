@@ -45,7 +45,7 @@ def main() -> None:
     from recycler.build import read_adapters
     from recycler.profiles import Profile
     from recycler.routed import RoutedModel
-    from recycler.routers.base import make_config, methods
+    from recycler.routers.discovery import make_config, methods
     from recycler.scoring import Fitting
 
     sys.path.insert(0, str(EXAMPLES))

@@ -14,8 +14,9 @@ from recycler.base import Base, fingerprint, load_base
 from recycler.profiles import Profile, measure, only_writer
 from recycler.profiles import check_output as check_profile_output
 from recycler.routed import RoutedModel
-from recycler.routers.base import Router, find, make_config
+from recycler.routers.base import Router
 from recycler.routers.base import check_output as check_router_output
+from recycler.routers.discovery import find, make_config
 from recycler.scoring import Fitting, Progress, silent
 from recycler.shots import Shots
 from recycler.zoo.adapter import Adapter
@@ -163,15 +164,21 @@ def build_router(
     if profile is not None:
         _same_base(profile, loaded)
     model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
+    hashes = {adapter.name: adapter.sha256 for adapter in model.adapters}
     started = time.perf_counter()
     try:
+        derived = cls.derive(Fitting(model, progress), profile, settings)
+        if derived:
+            model.engine.detach()
+            model = RoutedModel(loaded, derived)
         router = cls.fit(Fitting(model, progress), profile, settings)
     finally:
         model.engine.detach()
+    router.derived = tuple(derived)
     router.report["seconds"] = round(time.perf_counter() - started, 1)
     router.facts = {
         "base": _base_facts(zoo, chosen, loaded),
-        "hashes": {adapter.name: adapter.sha256 for adapter in model.adapters},
+        "hashes": hashes,
         "profile": None if profile is None else profile.summary(),
         "versions": {name: version(name) for name in ("recycler", "torch", "transformers")},
     }

@@ -122,7 +122,7 @@ def profile(
 @as_json
 def routers(as_json: bool) -> None:
     """List the routing methods: what each needs, its options, its paper."""
-    from recycler.routers.base import methods, options
+    from recycler.routers.discovery import methods, options
     from recycler.terminal import table
 
     found = methods()
@@ -187,7 +187,7 @@ def build_router(
       recycle build-router phatgoose --profile p16 -o steps=100 -o top_k=1
     """
     from recycler.build import build_router as run
-    from recycler.routers.base import find, make_config
+    from recycler.routers.discovery import find, make_config
     from recycler.terminal import bars, say
 
     zoo = open_zoo(zoo_path)
@@ -354,7 +354,7 @@ def evaluate(
     from recycler.build import router_folder
     from recycler.composition import load
     from recycler.evaluation import evaluate as run
-    from recycler.routers.base import Router
+    from recycler.routers.discovery import load as load_router
     from recycler.run import check_answers, write_answers
     from recycler.shots import Shots
     from recycler.terminal import bars, evaluation_table, say
@@ -365,7 +365,7 @@ def evaluate(
     if rows:
         shots = Shots({task: some[:rows] for task, some in shots.items()})
     folders = [router_folder(open_zoo(zoo_path), name).resolve() for name in others]
-    routers = {folder.name: Router.load(folder) for folder in folders}
+    routers = {folder.name: load_router(folder) for folder in folders}
     model = load(model_path, base=base, device=device, dtype=dtype)
     for warning in model.warnings:
         say(f"warning: {warning}")

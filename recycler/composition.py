@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from recycler.build import base_of, read_adapters, router_folder
 from recycler.card import card
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
+from recycler.routers.discovery import load as load_router
 from recycler.truncation import Truncation, truncate
 from recycler.zoo import formats, licences
 from recycler.zoo.adapter import Adapter
@@ -35,6 +36,7 @@ from recycler.zoo.lowrank import check_dials
 from recycler.zoo.manifest import check_name
 from recycler.zoo.match import place
 from recycler.zoo.store import Zoo
+from recycler.zoo.writing import write_adapter
 
 SCHEMA_VERSION = 1
 MANIFEST = "recycle.json"
@@ -72,10 +74,12 @@ def compose(
     check_dials(max_rank, None)
     zoo = Zoo() if zoo is None else zoo
     if not isinstance(router, Router):
-        router = Router.load(router_folder(zoo, router))
+        router = load_router(router_folder(zoo, router))
     if out is not None:
         check_output(Path(out), force)
-    missing = [name for name in router.adapters if name not in zoo]
+    made = {adapter.name for adapter in router.derived}
+    needed = [name for name in (router.facts.get("hashes") or router.adapters) if name not in made]
+    missing = [name for name in needed if name not in zoo]
     if missing:
         raise InputError(
             f"The router needs {shorten(missing)}, which the zoo at {zoo.path} does not hold.",
@@ -84,10 +88,10 @@ def compose(
         )
     if license_allow is not None or strict:
         allow = None if license_allow is None else licences.parse_list(",".join(license_allow))
-        licences.require({name: zoo.entry(name).licence for name in router.adapters}, allow, strict=strict)
+        licences.require({name: zoo.entry(name).licence for name in needed}, allow, strict=strict)
     if not isinstance(base, Base):
-        base = load_base(base or _recorded(router) or base_of(zoo, router.adapters), **loading)
-    adapters = read_adapters(zoo, router.adapters, base)
+        base = load_base(base or _recorded(router) or base_of(zoo, needed), **loading)
+    adapters = read_adapters(zoo, needed, base)
     changed = [a.name for a in adapters if router.facts.get("hashes", {}).get(a.name, a.sha256) != a.sha256]
     if changed:
         raise InputError(
@@ -95,11 +99,14 @@ def compose(
             "Its gates are for other weights.",
             "Build it again.",
         )
-    folders = {name: zoo.folder(name) for name in router.adapters}
+    folders = {name: zoo.folder(name) for name in needed}
     scratch: Path | None = None
+    if made:
+        scratch = Path(tempfile.mkdtemp(prefix="recycler-"))
+        adapters, folders = _derived(router, adapters, scratch)
     truncated: dict[str, Truncation] = {}
     if max_rank is not None and any(max(a.ranks) > max_rank for a in adapters):
-        scratch = Path(tempfile.mkdtemp(prefix="recycler-"))
+        scratch = scratch or Path(tempfile.mkdtemp(prefix="recycler-"))
         adapters, folders, truncated = _truncated(adapters, folders, max_rank, base, scratch)
     model = RoutedModel(base, adapters, router)
     model.folders, model.truncated = folders, truncated
@@ -109,6 +116,21 @@ def compose(
     if out is not None:
         save(model, Path(out), force=force)
     return model
+
+
+def _derived(router: Router, sources: Sequence[Adapter], scratch: Path) -> tuple[list[Adapter], dict[str, Path]]:
+    """The adapters that a router made itself, with the licences of those it made them from, and their folders."""
+    stated = sorted({adapter.licence for adapter in sources if adapter.licence})
+    licence = stated[0] if len(stated) == 1 else None
+    made, folders = [], {}
+    for adapter in router.derived:
+        folders[adapter.name] = scratch / "derived" / adapter.name
+        folders[adapter.name].mkdir(parents=True)
+        write_adapter(folders[adapter.name], adapter.sites, base=adapter.base)
+        read, _ = formats.read(folders[adapter.name], adapter.name)
+        source = f"{router.method()} of {', '.join(one.name for one in sources)}"
+        made.append(replace(adapter, sha256=read.sha256, source=source, licence=licence))
+    return made, folders
 
 
 def _truncated(
@@ -236,7 +258,7 @@ def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: st
     """
     folder = _local(path_or_id, revision)
     manifest = _manifest(folder)
-    router = Router.load(folder / "router")
+    router = load_router(folder / "router")
     loaded = base if isinstance(base, Base) else _load_base(manifest["base"], base, loading)
     from recycler.engine.sites import linear_shapes
 

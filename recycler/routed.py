@@ -16,12 +16,20 @@ from torch import Tensor, nn
 
 from recycler.base import Base
 from recycler.engine.attach import Attachment
-from recycler.routers.base import Router, Weights
+from recycler.reading import Reading
+from recycler.routers.base import Router
+from recycler.routers.protocol import Weights
 from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
     from recycler.truncation import Truncation
     from recycler.zoo.adapter import Adapter, Factors
+
+
+def _named(args: Sequence[Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's inputs by name: the first that has none is input_ids."""
+    ids = args[0] if args else inputs.get("inputs")
+    return inputs if ids is None else {"input_ids": ids, **inputs}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class RoutedModel(nn.Module):
         self.folders: dict[str, Path] = {}  # where each adapter's files lie
         self.truncated: dict[str, Truncation] = {}  # adapters that were cut to a rank, and what that lost
         self.warnings: list[str] = []  # what loading has to say
+        self.tasks: tuple[str | None, ...] | None = None  # each row's task, inside `labelled`
         factors: dict[str, dict[str, Factors]] = {}
         for adapter in self.adapters:
             for site, update in adapter.sites.items():
@@ -133,22 +142,48 @@ class RoutedModel(nn.Module):
     # -- running
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        with self._planned(inputs):
+        with self.planned(_named(args, inputs)):
             return self.base(*args, **inputs)
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
         """As the base's own `generate`, with its options."""
-        with self._planned(inputs):
+        with self.planned(_named(args, inputs)):
             return self.base.generate(*args, **inputs)
 
     @contextmanager
-    def _planned(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        plan = None if self.router is None else self.router.prepare(self, inputs)
-        if plan is None:
-            yield
-        else:
-            with self.engine.control.set(plan=plan):
-                yield
+    def planned(self, prompt: Mapping[str, Any]) -> Iterator[Any]:
+        """Lets the router decide on `prompt` what it decides once a sequence; every forward in the ``with`` block uses it.
+
+        `forward` and `generate` do so by themselves, on their own inputs. Around a forward that is given prompt and answer at
+        once this says what the prompt is.
+
+        Args:
+            prompt: ``input_ids`` and ``attention_mask``; what the mask hides is not read.
+
+        Yields:
+            What the router decided: a plan, or None from a router that has nothing to decide beforehand.
+        """
+        control = self.engine.control
+        if self.router is None or control.plan is not None or control.forced is not None or not control.enabled:
+            yield control.plan
+            return
+        plan = self.router.prepare(self.reading, prompt)
+        with control.set(plan=plan):
+            yield plan
+
+    @property
+    def reading(self) -> Reading:
+        """What the router may read of a prompt."""
+        return Reading(self)
+
+    @contextmanager
+    def labelled(self, tasks: Sequence[str | None]) -> Iterator[RoutedModel]:
+        """Says which task each row of the inputs is of, for routers that want to be told (`oracle`)."""
+        before, self.tasks = self.tasks, tuple(tasks)
+        try:
+            yield self
+        finally:
+            self.tasks = before
 
     # -- other mixtures than the router's
 

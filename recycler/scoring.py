@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from recycler import text
+from recycler.engine.sites import weight_OD
+from recycler.reading import Reading
 from recycler.routed import RoutedModel
-from recycler.routers.base import Batch, Group, Weights
+from recycler.routers.protocol import Batch, Group, Weights
 from recycler.shots import Shot
 
 if TYPE_CHECKING:
@@ -41,12 +42,23 @@ def nll(model: RoutedModel, batch: Batch, weights: Weights | None) -> Tensor:
 
     handle = model.base.get_output_embeddings().register_forward_pre_hook(scored_only)
     try:
-        with nullcontext() if weights is None else model.mixture(weights):
+        with model.planned(_prompt_of(batch)) if weights is None else model.mixture(weights):
             logits_NV = model(**batch.inputs, use_cache=False).logits
     finally:
         handle.remove()
     loss_N = torch.nn.functional.cross_entropy(logits_NV.float(), batch.labels_BT[scored_BT], reduction="none")
     return loss_N.new_zeros(scored_BT.shape).masked_scatter(scored_BT, loss_N)
+
+
+def _prompt_of(batch: Batch) -> dict[str, Tensor]:
+    """A batch's prompts, as `generate` would be given them: nothing of the answers is seen. The last token of a causal prompt is
+    the one that predicts the first scored token."""
+    prompt = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    if "target" not in batch.mask_BT:
+        answered_BT = (batch.labels_BT != text.IGNORE).cumsum(1) > 0
+        before_BT = torch.nn.functional.pad(~answered_BT, (1, 0), value=True)[:, :-1]
+        prompt["attention_mask"] = prompt["attention_mask"] * before_BT
+    return prompt
 
 
 @torch.no_grad()
@@ -97,7 +109,7 @@ def answer(
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     result = [""] * len(rows)
     for numbers in text.by_length([shot_length(model, row) for row in rows], rows=batch_size):
-        inputs = text.prompts(model.source, [rows[i] for i in numbers])
+        inputs = text.prompts(model.source, [[rows[i]] for i in numbers])
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max(limits[i] for i in numbers)}
         options |= {"eos_token_id": model.source.ends, "pad_token_id": model.tokenizer.pad_token_id}
         if weights_NE is None:
@@ -118,12 +130,12 @@ def shot_length(model: RoutedModel, shot: Shot) -> int:
     return len(text.prompt_ids(model.source, shot)) + len(text.completion_ids(model.source, shot))
 
 
-class Fitting:
-    """A RoutedModel as routers see it while they are fitted: `recycler.routers.base.Model`."""
+class Fitting(Reading):
+    """A RoutedModel as routers see it while they are fitted: `recycler.routers.protocol.Model`."""
 
     def __init__(self, model: RoutedModel, progress: Progress = silent) -> None:
-        self.model, self.progress = model, progress
-        self.adapters = model.names
+        super().__init__(model)
+        self.progress = progress
         self.groups: tuple[Group, ...] = model.engine.groups
         self.chains = not model.source.encoder_decoder
 
@@ -132,6 +144,12 @@ class Fitting:
 
     def encode(self, rows: Sequence[Sequence[Shot]]) -> Batch:
         return text.encode(self.model.source, rows)
+
+    def base_weight(self, site: str) -> Tensor:
+        return weight_OD(self.model.base.get_submodule(site)).cpu()
+
+    def prompts(self, rows: Sequence[Sequence[Shot]]) -> dict[str, Tensor]:
+        return text.prompts(self.model.source, rows)
 
     @torch.no_grad()
     def observe(self, batch: Batch, weights: Weights) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recycler.base import Base
-from recycler.routers.base import Batch
+from recycler.routers.protocol import Batch
 from recycler.shots import Shot
 from recycler.zoo.errors import InputError
 
@@ -114,9 +114,16 @@ def _encode_pair(base: Base, rows: Sequence[Sequence[Shot]]) -> Batch:
     return Batch(inputs, labels_BT, masks, {"input": source_BT, "target": target_BT})  # type: ignore[arg-type]
 
 
-def prompts(base: Base, shots: Sequence[Shot]) -> dict[str, Tensor]:
-    """Inputs of `generate` for a batch of prompts."""
-    ids = [prompt_ids(base, shot) for shot in shots]
+def prompts(base: Base, rows: Sequence[Sequence[Shot]]) -> dict[str, Tensor]:
+    """Inputs of `generate` for a batch of prompts: rows of chained shots up to where the last one's answer would begin."""
+    separator = list(base.tokenizer(SEPARATOR, add_special_tokens=False).input_ids)
+    ids = []
+    for chain in rows:
+        row: list[int] = []
+        for number, shot in enumerate(chain):
+            row += (separator if number else []) + prompt_ids(base, shot, first=number == 0)
+            row += completion_ids(base, shot) if number < len(chain) - 1 else []
+        ids.append(row)
     left = not base.encoder_decoder
     mask_BT = _pad([[1] * len(row) for row in ids], 0, base.device, left)
     return {"input_ids": _pad(ids, base.tokenizer.pad_token_id, base.device, left), "attention_mask": mask_BT}

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recycler.routers.base import LinearRouter, Model, Profile, Rows, TopK
+from recycler.routers.linear import LinearRouter, Rows
+from recycler.routers.protocol import Model, Profile
+from recycler.routers.select import Policy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,7 +32,7 @@ class Arrow(LinearRouter):
     absolute = True
 
     @classmethod
-    def fit(cls, model: Model, profile: Profile | None, config: TopK) -> Self:
+    def fit(cls, model: Model, profile: Profile | None, config: Policy) -> Self:
         rows = {}
         step = model.progress(len(model.groups), "prototypes")
         for group in model.groups:

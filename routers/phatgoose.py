@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK, own_shots
+from recycler.routers.linear import LinearRouter, Rows
+from recycler.routers.protocol import Group, Model, Profile, own_shots
+from recycler.routers.select import Policy
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PhatgooseConfig(TopK):
+class PhatgooseConfig(Policy):
     """
     Attributes:
         steps: optimiser steps. The paper takes 100 of 1024 rows each, at a learning rate of 5e-3.

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from recycler.routers.base import Group, LinearRouter, Model, Profile, Rows, TopK, own_shots
+from recycler.routers.linear import LinearRouter, Rows
+from recycler.routers.protocol import Group, Model, Profile, own_shots
+from recycler.routers.select import Policy
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ Chain = list[tuple[int, Any]]
 
 
 @dataclass(frozen=True)
-class RidgeConfig(TopK):
+class RidgeConfig(Policy):
     """
     Attributes:
         ridge: λ, added to the diagonal of G; inputs are normalised, so it is in units of tokens.

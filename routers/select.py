@@ -6,14 +6,44 @@ is not chosen. A score of −∞ means "not available here" and always gets weig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from recycler.routers.protocol import Group
 from recycler.zoo.errors import UsageError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+@dataclass(frozen=True)
+class Policy:
+    """How scores become weights: the fields that every method's Config shares.
+
+    Attributes:
+        top_k: how many adapters a token keeps; None keeps all.
+        temperature: scores are divided by it.
+        renormalise: the kept weights sum to 1; False leaves them as the softmax over all adapters gave them.
+    """
+
+    top_k: int | None = 2
+    temperature: float = 1.0
+    renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(
+                f"top_k={self.top_k}.", "At least one adapter must be kept.", "Use top_k=1 or more, or top_k=none for all."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"temperature={self.temperature}.", "It divides the scores.", "Use a positive, finite number.")
+
+    def weights(self, scores_E: Tensor, group: Group | None = None) -> Tensor:
+        """Scores [..., E] → weights of the same shape.
+
+        Args:
+            group: where the scores are for; None where they are for all sites.
+        """
+        return top_k(scores_E, self.top_k, self.temperature, self.renormalise)
 
 
 def top_k(scores_E: Tensor, k: int | None = None, temperature: float = 1.0, renormalise: bool = True) -> Tensor:
@@ -42,11 +72,3 @@ def top_k(scores_E: Tensor, k: int | None = None, temperature: float = 1.0, reno
 def _softmax(scores_K: Tensor) -> Tensor:
     """Softmax that gives −∞ weight zero even in a row of nothing but −∞, where softmax itself gives NaN."""
     return scores_K.softmax(-1).nan_to_num(0.0)
-
-
-def check(k: int | None, temperature: float) -> None:
-    """Raises UsageError unless the two make a policy."""
-    if k is not None and k < 1:
-        raise UsageError(f"top_k={k}.", "At least one adapter must be kept.", "Use top_k=1 or more, or top_k=none for all.")
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"temperature={temperature}.", "It divides the scores.", "Use a positive, finite number.")

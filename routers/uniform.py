@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
-from recycler.routers.base import Gate, Group, Model, Profile, Router, TopK
+from recycler.routers.protocol import Model, Profile
+from recycler.routers.static import StaticRouter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 @dataclass(frozen=True)
-class UniformConfig(TopK):
-    """All adapters take part."""
-
-    top_k: int | None = None
+class UniformConfig:
+    """Nothing to choose."""
 
 
-class Uniform(Router):
-    """w_e = 1/E at every site. An adapter that is absent at a site keeps its share, and adds nothing there."""
+class Uniform(StaticRouter):
+    """w_e = 1/E at every site."""
 
     Config = UniformConfig
     paper = "Wortsman et al. 2022, Model soups (arXiv:2203.05482), applied to updates"
 
     @classmethod
     def fit(cls, model: Model, profile: Profile | None, config: UniformConfig) -> Self:
-        return cls(model.adapters, config)
+        return cls(model.adapters, config, torch.full((len(model.adapters),), 1 / len(model.adapters)))
 
-    def score(self, group: Group, site: str, x_BTD: Tensor, plan: Any = None) -> Tensor:
-        return x_BTD.new_zeros(1, 1, len(self.adapters))
+    def extended(self, model: Model, profile: Profile | None, name: str) -> Self:
+        return self.fit(model, profile, self.config)
 
-    def gate(self, group: Group) -> Gate:
-        return _Constant(len(self.adapters))
-
-
-class _Constant(Gate):
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x_BTD: Tensor, plan: Any = None) -> Tensor:
-        return x_BTD.new_zeros(1, 1, 1, self.count)
+    def without(self, name: str) -> Self:
+        rest = [other for other in self.adapters if other != name]
+        return type(self)(rest, self.config, torch.full((len(rest),), 1 / len(rest)))

@@ -105,7 +105,7 @@ def test_what_python_makes_is_the_same(way: Way) -> None:
     kept = recycler.Profile.load(zoo.profiles_dir / "p2")
     assert torch.equal(profile.nll, kept.nll) and profile.own == kept.own and profile.base == kept.base
     router = recycler.build_router("ridge", kept, zoo=zoo, top_k=1)
-    loaded = recycler.Router.load(way.gates)
+    loaded = recycler.load_router(way.gates)
     assert router.config == loaded.config and router.facts == loaded.facts
     assert all(torch.equal(tensor, loaded.tensors()[key]) for key, tensor in router.tensors().items())
 

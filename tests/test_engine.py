@@ -18,7 +18,8 @@ from recycler.engine.attach import Attachment
 from recycler.engine.bank import Bank
 from recycler.engine.sites import linear_shapes, trace_groups
 from recycler.routed import RoutedModel
-from recycler.routers.base import LinearGate, Rows, methods
+from recycler.routers.discovery import methods
+from recycler.routers.linear import LinearGate, Rows
 from recycler.zoo.adapter import Factors
 from recycler.zoo.errors import InputError
 
@@ -197,7 +198,7 @@ class _Fit:
 
     @staticmethod
     def groups(width: int) -> Any:
-        from recycler.routers.base import Group
+        from recycler.routers.protocol import Group
 
         return (Group(("proj",), width),)
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from way import NAMES, PROMPTS, Way, logits, never, one_by_one
 
 import recycler
-from recycler import Router, Shots
+from recycler import Shots
 from recycler.base import load_base
+from recycler.routers.discovery import load as load_router
 from recycler.run import answer_file, answer_prompts, check_answers
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
 
@@ -66,7 +67,7 @@ def test_base_and_adapters_stay_as_they_are(llama: Pico, tmp_path: Path) -> None
 def test_save_and_load_a_router(way: Way, tmp_path: Path, method: str) -> None:
     options: dict[str, Any] = {"steps": 2} if method == "phatgoose" else {}
     router = recycler.build_router(method, way.profile, zoo=way.zoo, out=tmp_path / "gates", **options)
-    loaded = Router.load(tmp_path / "gates")
+    loaded = load_router(tmp_path / "gates")
     assert (loaded.method(), loaded.adapters, loaded.config) == (method, NAMES, router.config)
     assert json.dumps(loaded.facts, sort_keys=True) == json.dumps(router.facts, sort_keys=True)
     first = recycler.compose(way.zoo, router, tmp_path / "model")
@@ -391,7 +392,7 @@ def test_a_router_is_not_overwritten_unless_asked(llama: Pico, tmp_path: Path, m
             recycler.build_router("arrow", zoo=zoo, out=tmp_path, force=True)
     assert (out / "router.json").read_bytes() == before
     recycler.build_router("arrow", zoo=zoo, out=out, force=True)
-    assert recycler.Router.load(out).method() == "arrow"
+    assert recycler.load_router(out).method() == "arrow"
 
 
 def test_outputs_are_tried_before_the_long_work(way: Way, tmp_path: Path) -> None:

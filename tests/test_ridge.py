@@ -15,7 +15,7 @@ from recycler.base import load_base
 from recycler.build import read_adapters
 from recycler.profiles import Profile
 from recycler.routed import RoutedModel
-from recycler.routers.base import Router
+from recycler.routers.discovery import load as load_router
 from recycler.routers.ridge import Ridge, RidgeConfig, _chains
 from recycler.scoring import Fitting
 from recycler.zoo.errors import UsageError
@@ -112,7 +112,7 @@ def test_how_rows_are_batched_does_not_matter(llama: Pico, tokens: int) -> None:
 def test_an_adapter_is_added_from_its_own_shots_alone(llama: Pico, tmp_path: Path) -> None:
     """The same as fitting all of them at once, where no chain joins the new one to the others."""
     small = fit(llama, ("code", "law", "math"), chains=0)
-    loaded = Router.load(small.save(tmp_path / "router"))  # the statistics survive saving
+    loaded = load_router(small.save(tmp_path / "router"))  # the statistics survive saving
     assert isinstance(loaded, Ridge)
     own = {"poem": ("poem",)}
     shots = recycler.Shots({"poem": profile(llama).shots["poem"]})
@@ -137,7 +137,7 @@ def test_an_adapter_is_taken_out(llama: Pico) -> None:
 
 def test_a_composed_model_has_no_statistics_to_update_from(llama: Pico, tmp_path: Path) -> None:
     fit(llama).save(tmp_path / "bare", statistics=False)
-    loaded = Router.load(tmp_path / "bare")
+    loaded = load_router(tmp_path / "bare")
     assert isinstance(loaded, Ridge) and loaded.rows
     with pytest.raises(UsageError, match="without its statistics"):
         loaded.without("law")

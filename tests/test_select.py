@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from recycler.routers.select import check, top_k
+from recycler.routers.select import Policy, top_k
 from recycler.zoo.errors import UsageError
 
 numbers = st.floats(-30, 30, width=32) | st.just(-math.inf)
@@ -67,4 +67,4 @@ def test_limits() -> None:
 @pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (-1, 1.0), (2, 0.0), (2, -1.0), (2, math.nan), (2, math.inf)])
 def test_no_policy_is_refused(k: int, temperature: float) -> None:
     with pytest.raises(UsageError):
-        check(k, temperature)
+        Policy(top_k=k, temperature=temperature)

@@ -14,7 +14,8 @@ from recycler.engine.sites import trace_groups
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from recycler.routers.base import Group, Router
+    from recycler.routers.base import Router
+    from recycler.routers.protocol import Group
     from recycler.zoo.adapter import Factors
 
 

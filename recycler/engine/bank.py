@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from recycler.engine.sites import weight_OD
-from recycler.routers.base import Gate, Group, Weights
+from recycler.routers.base import Gate
+from recycler.routers.protocol import Group, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class Control:
     """What all banks of one model look at while they run."""
 
-    select: Callable[[Tensor], Tensor] | None = None  # the router's scores → weights
+    select: Callable[[Tensor, Group], Tensor] | None = None  # the router's scores → weights
     plan: Any = None  # what the router prepared for this sequence
     forced: Weights | None = None  # a mixture that overrides the router
     enabled: bool = True
@@ -229,7 +230,7 @@ class Bank(nn.Module):
             return w_BTSE
         if self.gate is None or self.control.select is None:
             raise RuntimeError("this model has no router; set a mixture with model.mixture(...)")
-        w_BTSE = self.control.select(self.gate(x_BTD, self.control.plan))
+        w_BTSE = self.control.select(self.gate(x_BTD, self.control.plan), self.group)
         if self._leads:
             self._decision = w_BTSE
         return w_BTSE

@@ -6,12 +6,13 @@ Knows nothing about adapters or routing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recycler.routers.base import Group, Stream
+from recycler.routers.protocol import Group, Stream
 from recycler.zoo.errors import InputError, shorten
 
 # Two lengths that differ, so that a traced input tells which stream it belongs to.
@@ -93,7 +94,7 @@ def trace_groups(model: Any, sites: Iterable[str]) -> tuple[Group, ...]:
         group = Group(tuple(dict.fromkeys(n for n, _ in members)), x.shape[-1], stream, latest.get((parent, stream)))
         latest[parent, stream] = group.name
         result.append(group)
-    return tuple(result)
+    return tuple(replace(group, depth=number / len(result)) for number, group in enumerate(result))
 
 
 def is_encoder_decoder(model: Any) -> bool:
