@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recycler.benching import bench_routers
     from recycler.build import build_router, profile
     from recycler.checking import check
     from recycler.composition import compose, load
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from recycler.profiles import Profile
     from recycler.routed import RoutedModel
     from recycler.routers.base import Router
+    from recycler.routers.discovery import load_router
     from recycler.searching import search
     from recycler.shots import Shots
     from recycler.zoo.adapter import Adapter
@@ -38,6 +40,7 @@ _HOME = {
     "Router": "recycler.routers.base",
     "Shots": "recycler.shots",
     "Zoo": "recycler.zoo.store",
+    "bench_routers": "recycler.benching",
     "build_router": "recycler.build",
     "check": "recycler.checking",
     "compose": "recycler.composition",
@@ -45,13 +48,14 @@ _HOME = {
     "extract": "recycler.extraction",
     "fetch": "recycler.fetching",
     "load": "recycler.composition",
+    "load_router": "recycler.routers.discovery",
     "profile": "recycler.build",
     "search": "recycler.searching",
 }
 
 __all__ = [
-    "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "build_router", "check", "compose", "evaluate",
-    "extract", "fetch", "load", "profile", "search",
+    "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "bench_routers", "build_router", "check", "compose",
+    "evaluate", "extract", "fetch", "load", "load_router", "profile", "search",
 ]  # fmt: skip
 
 

@@ -10,15 +10,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recycler import annotating, recruiting
 from recycler.base import Base, fingerprint, load_base
 from recycler.profiles import Profile, measure, only_writer
 from recycler.profiles import check_output as check_profile_output
 from recycler.routed import RoutedModel
-from recycler.routers.base import Router
+from recycler.routers import calibration
+from recycler.routers.base import Derived, Router
 from recycler.routers.base import check_output as check_router_output
 from recycler.routers.discovery import find, make_config
 from recycler.scoring import Fitting, Progress, silent
+from recycler.selection import narrowed
 from recycler.shots import Shots
+from recycler.subtraction import Subtract, renamed, subtracted
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, UsageError, choices, shorten
 from recycler.zoo.manifest import check_name
@@ -114,6 +118,9 @@ def build_router(
     adapters: Iterable[str] | None = None,
     out: str | Path | None = None,
     assign: Mapping[str, str | Iterable[str]] | None = None,
+    subtract: Iterable[str] | Subtract | None = None,
+    select: str | None = None,
+    count: int | None = None,
     force: bool = False,
     progress: Progress = silent,
     loading: dict[str, Any] | None = None,
@@ -122,12 +129,15 @@ def build_router(
     """Fits a router.
 
     Args:
-        method: a file name of routers/, or an entry point's.
+        method: a file name of routers/, or an entry point's; "auto" tries several on left-out shots (see `recycler.choosing`).
         profile: a Profile, or its name in the zoo, or its folder. Methods that need no shots work without.
         base: as in `profile`.
         adapters: which of the zoo; by default the profile's, or all.
         out: a folder to save it in; new or empty, unless `force`.
         assign: adapter → own tasks, by hand.
+        subtract: general adapters, whose mean is taken out of every other before the router is built; they are not routed to. Scores
+            of a profile are those measured before (see `recycler.subtraction`).
+        select, count: "kshot" chooses at most `count` of the adapters first, by the profile (see `recycler.selection`).
         force: replace a router that is in `out`.
         config: the method's own options; unknown ones are rejected with the choices.
 
@@ -135,24 +145,38 @@ def build_router(
         UsageError, InputError, HubError: each says what to do.
     """
     zoo = Zoo() if zoo is None else zoo
+    if method == "auto":
+        from recycler.choosing import build_auto  # it builds routers, with this
+
+        return build_auto(
+            config, profile, zoo=zoo, base=base, adapters=adapters, out=out, assign=assign, subtract=subtract, select=select,
+            count=count, force=force, progress=progress, loading=loading,
+        )  # fmt: skip
     cls = find(method)
     settings = make_config(cls, config)
+    annotating.allow(getattr(settings, "llm", None), zoo.path)
     if out is not None:
         check_router_output(Path(out), force)
         require_writable(Path(out))
     if isinstance(profile, (str, Path)):
         profile = Profile.load(profile_folder(zoo, profile))
-    if profile is None and cls.needs & {"shots", "scores"}:
+    if profile is None and cls.needed(settings) & {"shots", "scores"}:
         known = sorted(p.name for p in zoo.profiles_dir.glob("*") if (p / "profile.json").exists())
         raise UsageError(
             f"{method} learns from shots, and no profile was given.",
             f"Profiles in the zoo: {shorten(known) or 'none'}.",
             "Run: recycle profile FILE... --kshot 16 --out NAME, then add --profile NAME",
         )
+    selection = narrowed(zoo, profile, adapters, assign, select, count)
+    adapters = adapters if selection is None else selection.names
     chosen = _chosen(zoo, adapters if profile is None or adapters is not None else profile.adapters)
+    if subtract is not None and not isinstance(subtract, Subtract):
+        subtract = Subtract(tuple(subtract))
+    general = [] if subtract is None else _chosen(zoo, subtract.general)
+    chosen = _chosen(zoo, [name for name in chosen if name not in general])
     if profile is not None:
         profile = _matching(zoo, profile, chosen).assign(assign or {})
-        if cls.needs & {"shots", "scores"} and not any(profile.own.values()):
+        if cls.needed(settings) & {"shots", "scores"} and not any(profile.own.values()):
             raise InputError(
                 f"By profile {profile.name}, none of {shorten(chosen)} is better than the base at any task.",
                 f"{method} learns from tasks that are an adapter's own, and there are none.",
@@ -160,31 +184,83 @@ def build_router(
             )
     elif assign:
         raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
+    calibration.check(cls, settings, profile)
     loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})
     if profile is not None:
         _same_base(profile, loaded)
-    model = RoutedModel(loaded, read_adapters(zoo, chosen, loaded))
+    model = RoutedModel(loaded, read_adapters(zoo, [*chosen, *general], loaded))
     hashes = {adapter.name: adapter.sha256 for adapter in model.adapters}
+    facts = _base_facts(zoo, [*chosen, *general], loaded)
+    stages: list[Sequence[Adapter]] = []  # adapters made out of the zoo's, and out of those
     started = time.perf_counter()
     try:
-        derived = cls.derive(Fitting(model, progress), profile, settings)
-        if derived:
-            model.engine.detach()
-            model = RoutedModel(loaded, derived)
+        if subtract is not None:
+            stages.append(subtracted(Fitting(model, progress), subtract))
+            model = _holding(stages[-1], model)
+            profile = None if profile is None else renamed(profile, {name: subtract.name(name) for name in chosen})
+        made = cls.derive(Fitting(model, progress), profile, settings)
+        if made:
+            stages.append(made)
+            model = _holding(made, model)
         router = cls.fit(Fitting(model, progress), profile, settings)
+        calibration.calibrate(router, Fitting(model, progress), profile)
+        if out is not None:  # one that is not kept does so when it is first asked
+            recruiting.settle(model, router, progress)
     finally:
         model.engine.detach()
-    router.derived = tuple(derived)
+    router.derived = tuple(replace(adapter, base=adapter.base or facts["id"]) for adapter in (stages[-1] if stages else ()))
+    router.report |= {adapter.name: dict(adapter.facts) for made in stages for adapter in made if isinstance(adapter, Derived)}
+    router.report |= {} if selection is None else {"selected": dict(selection.reasons)}
     router.report["seconds"] = round(time.perf_counter() - started, 1)
     router.facts = {
-        "base": _base_facts(zoo, chosen, loaded),
+        "base": facts,
         "hashes": hashes,
         "profile": None if profile is None else profile.summary(),
+        **({"derived": _origins(stages)} if stages else {}),
         "versions": {name: version(name) for name in ("recycler", "torch", "transformers")},
     }
     if out is not None:
         router.save(Path(out), force=force)
     return router
+
+
+def _holding(adapters: Sequence[Adapter], model: RoutedModel) -> RoutedModel:
+    """Other adapters on the model's base."""
+    model.engine.detach()
+    return RoutedModel(model.source, adapters)
+
+
+def _origins(stages: Sequence[Sequence[Adapter]]) -> dict[str, dict[str, Any]]:
+    """Adapter of the last stage → the zoo's adapters that are in it ("of"), and how ("source")."""
+    of: dict[str, list[str]] = {}
+    for made in stages:
+        before = dict(of)
+        for adapter in made:
+            if isinstance(adapter, Derived):
+                of[adapter.name] = list(dict.fromkeys(one for part in adapter.parts for one in before.get(part, [part])))
+    return {adapter.name: {"of": of[adapter.name], "source": adapter.source} for adapter in stages[-1] if adapter.name in of}
+
+
+def subject(
+    zoo: Zoo,
+    profile: Profile | str | Path,
+    *,
+    base: str | Base | None = None,
+    adapters: Iterable[str] | None = None,
+    assign: Mapping[str, str | Iterable[str]] | None = None,
+    loading: dict[str, Any] | None = None,
+) -> tuple[Profile, Base]:
+    """What `build_router` works on: a profile of some of a zoo's adapters, checked against these, and its base, loaded.
+
+    Args: as of `build_router`. Raises: as `build_router`.
+    """
+    if isinstance(profile, (str, Path)):
+        profile = Profile.load(profile_folder(zoo, profile))
+    chosen = _chosen(zoo, profile.adapters if adapters is None else adapters)
+    profile = _matching(zoo, profile, chosen).assign(assign or {})
+    loaded = _loaded(zoo, chosen, base or profile.base.get("path"), loading or {})
+    _same_base(profile, loaded)
+    return profile, loaded
 
 
 def profile_folder(zoo: Zoo, name: str | Path) -> Path:

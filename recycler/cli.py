@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from recycler.cli_bench import bench_command
+from recycler.cli_build import build_command, routers_command
 from recycler.cli_convert import extract_command
 from recycler.cli_fetch import fetch_command
 from recycler.cli_find import search_command
@@ -21,7 +23,6 @@ from recycler.cli_zoo import zoo_group
 from recycler.options import (
     Group,
     as_json,
-    as_text,
     in_zoo,
     names_of,
     on_device,
@@ -118,97 +119,9 @@ def profile(
     say(f"kept as {result.folder}" if stages else f"measured before, kept as {result.folder}; --force measures again")
 
 
-@main.command()
-@as_json
-def routers(as_json: bool) -> None:
-    """List the routing methods: what each needs, its options, its paper."""
-    from recycler.routers.discovery import methods, options
-    from recycler.terminal import table
-
-    found = methods()
-    if as_json:
-        rows = {
-            name: {
-                "needs": sorted(cls.needs),
-                "paper": cls.paper,
-                "options": {k: v for k, (_, v) in options(cls).items()},
-            }
-            for name, cls in found.items()
-        }
-        print_json({"schema_version": 1, "routers": rows})
-        return
-    table(
-        ["method", "needs", "options", "paper"],
-        [
-            [
-                name,
-                ", ".join(sorted(cls.needs)) or "nothing",
-                " ".join(f"{k}={v}" for k, (_, v) in options(cls).items()),
-                cls.paper,
-            ]
-            for name, cls in found.items()
-        ],
-    )
-
-
-@main.command(name="build-router")
-@click.argument("method")
-@click.option("--profile", "profile_name", help="A profile's name in the zoo, or its folder.")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method; see `recycle routers`.",
-)
-@click.option(
-    "--out",
-    type=click.Path(),
-    help="Where to save it; by default a folder of the zoo named after method and profile.",
-)
-@click.option("--adapters", help="Comma-separated names; by default the profile's, or the whole zoo.")
-@click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Say by hand which task is an adapter's own.")
-@click.option("--force", is_flag=True, help="Replace a router that is there.")
-@with_base
-@on_device
-@in_zoo
-@as_json
-def build_router(
-    method: str, profile_name: str | None, options: tuple[str, ...], out: str | None, adapters: str | None, assign: tuple[str, ...],
-    force: bool, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Build a light router; base and adapters stay frozen.
-
-    \b
-    Examples:
-      recycle build-router arrow                      # needs no examples at all
-      recycle build-router ridge --profile p16 --out gates/
-      recycle build-router phatgoose --profile p16 -o steps=100 -o top_k=1
-    """
-    from recycler.build import build_router as run
-    from recycler.routers.discovery import find, make_config
-    from recycler.terminal import bars, say
-
-    zoo = open_zoo(zoo_path)
-    folder = Path(out) if out else zoo.routers_dir / "-".join([method, *([Path(profile_name).name] if profile_name else [])])
-    given = {key: values[-1] for key, values in pairs_of(options, "-o", "KEY=VALUE").items()}
-    flags = sorted({"profile", "zoo", "base", "adapters", "out", "assign", "force", "device", "dtype"} & set(given))
-    if flags:
-        raise UsageError(f"{', '.join(flags)} is not an option of a method.", "", f"Use --{flags[0]}.")
-    make_config(find(method), given)  # before `run` takes a key such as `progress` for a keyword of its own
-    with bars() as progress:
-        router = run(
-            method, profile_name, zoo=zoo, base=base, adapters=names_of(adapters), out=folder, assign=pairs_of(assign), force=force,
-            progress=progress, loading={"device": device, "dtype": dtype}, **given,
-        )  # fmt: skip
-    if as_json:
-        print_json({"schema_version": 1, "router": str(folder), "method": method, "adapters": list(router.adapters),
-                     "report": router.report})  # fmt: skip
-    else:
-        for key, value in router.report.items():
-            say(f"{key}: {as_text(value)}")
-        click.echo(str(folder))
+main.add_command(routers_command)
+main.add_command(build_command)
+main.add_command(bench_command)
 
 
 @main.command()
@@ -262,24 +175,28 @@ def compose(
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--only", "only_adapter", metavar="ADAPTER", help="Use this adapter alone; `base` for none.")
+@click.option("--explain", is_flag=True, help="Add \"routing\" to each row: the adapters' shares, and the router's reason.")
+@click.option("--recruit", is_flag=True, help="A `skills` router's recruits answer one by one, and their answers become one.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @with_base
 @on_device
 def run(
     model_path: str, input_file: str | None, output_file: str | None, prompts: tuple[str, ...], max_new_tokens: int, batch_size: int,
-    only_adapter: str | None, force: bool, base: str | None, device: str | None, dtype: str,
+    only_adapter: str | None, explain: bool, recruit: bool, force: bool, base: str | None, device: str | None, dtype: str,
 ) -> None:  # fmt: skip
     """Answer prompts with a composed model, greedily.
 
-    One -p prints its answer and nothing else. Several print JSONL, {"prompt", "generated"} each, in their order.
+    One -p prints its answer and nothing else. Several, and any with --explain or --recruit, print JSONL, {"prompt", "generated"}
+    and what was asked for, in their order.
 
     \b
     Examples:
       recycle run model/ --input prompts.jsonl --output answers.jsonl
       recycle run model/ -p "What is 2 + 2?"
+      recycle run model/ -p "What is 2 + 2?" --explain
     """
     from recycler.composition import load
-    from recycler.run import answer_file, answer_prompts
+    from recycler.run import answer_file, answered_prompts
     from recycler.terminal import bars, say
 
     if bool(input_file) == bool(prompts):
@@ -294,6 +211,8 @@ def run(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "only": only_adapter,
+        "explain": explain,
+        "recruit": recruit,
     }
 
     def loaded() -> Any:
@@ -308,9 +227,9 @@ def run(
                                 progress=progress, **settings)  # fmt: skip
             text = "" if output_file else "".join(lines)
         else:
-            answers = answer_prompts(loaded(), prompts, progress=progress, **settings)
-            rows = [{"prompt": prompt, "generated": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-            text = answers[0] + "\n" if len(rows) == 1 else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+            rows = answered_prompts(loaded(), prompts, progress=progress, **settings)
+            plain = len(rows) == 1 and not (explain or recruit)
+            text = rows[0]["generated"] + "\n" if plain else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     click.echo(text, nl=False)
 
 
@@ -354,7 +273,7 @@ def evaluate(
     from recycler.build import router_folder
     from recycler.composition import load
     from recycler.evaluation import evaluate as run
-    from recycler.routers.discovery import load as load_router
+    from recycler.routers.discovery import load_router
     from recycler.run import check_answers, write_answers
     from recycler.shots import Shots
     from recycler.terminal import bars, evaluation_table, say

@@ -27,7 +27,7 @@ from recycler.build import base_of, read_adapters, router_folder
 from recycler.card import card
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
-from recycler.routers.discovery import load as load_router
+from recycler.routers.discovery import load_router
 from recycler.truncation import Truncation, truncate
 from recycler.zoo import formats, licences
 from recycler.zoo.adapter import Adapter
@@ -78,7 +78,9 @@ def compose(
     if out is not None:
         check_output(Path(out), force)
     made = {adapter.name for adapter in router.derived}
-    needed = [name for name in (router.facts.get("hashes") or router.adapters) if name not in made]
+    hashes = router.facts.get("hashes") or {name: "" for name in router.adapters if name not in made}
+    # In the router's order, which a saved mapping has lost.
+    needed = [name for name in router.adapters if name in hashes] + [name for name in hashes if name not in router.adapters]
     missing = [name for name in needed if name not in zoo]
     if missing:
         raise InputError(
@@ -90,7 +92,7 @@ def compose(
         allow = None if license_allow is None else licences.parse_list(",".join(license_allow))
         licences.require({name: zoo.entry(name).licence for name in needed}, allow, strict=strict)
     if not isinstance(base, Base):
-        base = load_base(base or _recorded(router) or base_of(zoo, needed), **loading)
+        base = load_base(base or recorded_base(router) or base_of(zoo, needed), **loading)
     adapters = read_adapters(zoo, needed, base)
     changed = [a.name for a in adapters if router.facts.get("hashes", {}).get(a.name, a.sha256) != a.sha256]
     if changed:
@@ -120,16 +122,20 @@ def compose(
 
 def _derived(router: Router, sources: Sequence[Adapter], scratch: Path) -> tuple[list[Adapter], dict[str, Path]]:
     """The adapters that a router made itself, with the licences of those it made them from, and their folders."""
-    stated = sorted({adapter.licence for adapter in sources if adapter.licence})
-    licence = stated[0] if len(stated) == 1 else None
+    origins = router.facts.get("derived") or {}
     made, folders = [], {}
     for adapter in router.derived:
+        origin = origins.get(adapter.name) or {}
+        parts = [one for one in sources if one.name in origin.get("of", [one.name])]
+        source = origin.get("source") or f"{router.method()} of {', '.join(one.name for one in parts)}"
+        texts = sorted({one.licence for one in parts if one.licence})
+        # Several hold together; where one states none, nothing is granted by it, so that the whole states none.
+        licence = ", ".join(texts) if all(licences.stated(one.licence) for one in parts) else None
         folders[adapter.name] = scratch / "derived" / adapter.name
         folders[adapter.name].mkdir(parents=True)
         write_adapter(folders[adapter.name], adapter.sites, base=adapter.base)
         read, _ = formats.read(folders[adapter.name], adapter.name)
-        source = f"{router.method()} of {', '.join(one.name for one in sources)}"
-        made.append(replace(adapter, sha256=read.sha256, source=source, licence=licence))
+        made.append(replace(adapter, sha256=read.sha256, source=source, licence=licence or None))
     return made, folders
 
 
@@ -327,7 +333,8 @@ def _load_base(recorded: Mapping[str, Any], given: str | None, loading: dict[str
     return load_base(recorded["id"], revision=recorded.get("revision"), **loading)
 
 
-def _recorded(router: Router) -> str | None:
+def recorded_base(router: Router) -> str | None:
+    """The base that a router was built on: its folder where that is still here, else its id."""
     facts = router.facts.get("base") or {}
     path = facts.get("path")
     return path if path and Path(path).is_dir() else facts.get("id")

@@ -5,24 +5,24 @@ Everything that needs no router is answered in shared batches by forced mixtures
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from recycler.profiles import exact_match
+from recycler.exam import Exam, Paper, gate_bytes, pace
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
-from recycler.scoring import Progress, answer, mean_nll, silent
-from recycler.shots import Shot, Shots
-from recycler.text import completion_ids
+from recycler.scoring import Progress, mean_nll, silent
+from recycler.shots import Shots
 from recycler.zoo.errors import UsageError, choices
 
 SCHEMA_VERSION = 1
 BASELINES = ("base", "best single", "uniform", "oracle")
-_RESAMPLES = 2000
+BEYOND = "beyond the zoo: don't bother"
+_RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Evaluation:
         exact, nll: contender → task → one value per row.
         generated: contender → task → the answers.
         chosen: which adapters stand behind "best single" and "oracle", and how they were chosen.
+        seconds: contender → (seconds a row, the bare base's at the same time), on a few rows with a few tokens each.
+        size: router → bytes it takes beside base and adapters.
     """
 
     contenders: tuple[str, ...]
@@ -43,6 +45,8 @@ class Evaluation:
     nll: Mapping[str, Mapping[str, Sequence[float]]] = field(repr=False)
     generated: Mapping[str, Mapping[str, Sequence[str]]] = field(repr=False)
     chosen: Mapping[str, Any]
+    seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    size: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -52,19 +56,21 @@ class Evaluation:
         """Mean over tasks of the mean over rows."""
         return _mean([_mean(rows) for rows in getattr(self, score)[contender].values()])
 
-    def interval(self, contender: str, minus: str | None = None, seed: int = 0) -> tuple[float, float]:
-        """95 % bootstrap interval of the mean exact match, or of its difference to another contender on the same rows."""
-        rng = random.Random(seed)
-        means = []
-        for _ in range(_RESAMPLES):
-            total = []
-            for task, rows in self.exact[contender].items():
-                picked = rng.choices(range(len(rows)), k=len(rows))
-                other = None if minus is None else self.exact[minus][task]
-                total.append(_mean([rows[i] - (other[i] if other else 0.0) for i in picked]))
-            means.append(_mean(total))
-        means.sort()
-        return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+    def interval(
+        self, contender: str, minus: str | None = None, seed: int = 0, level: float = 0.95, tasks: Sequence[str] | None = None
+    ) -> tuple[float, float]:
+        """Bootstrap interval of the mean exact match, or of its difference to another contender on the same rows.
+
+        Args:
+            level: of confidence. tasks: only these.
+        """
+        rows = [self.difference(contender, minus, task) for task in (self.tasks if tasks is None else tasks)]
+        return bootstrap(rows, level, seed)
+
+    def difference(self, contender: str, minus: str | None, task: str) -> list[float]:
+        """Exact match row by row, less another contender's on the same rows."""
+        own = self.exact[contender][task]
+        return list(own) if minus is None else [a - b for a, b in zip(own, self.exact[minus][task], strict=True)]
 
     def verdict(self) -> str:
         """One line: does the best router beat the best of base, best single and uniform?"""
@@ -80,6 +86,39 @@ class Evaluation:
             return f"Don't bother: routing loses to {rival} ({numbers})."
         return f"Don't bother: no gain that these rows can show ({numbers}). Use {rival}, or evaluate more rows."
 
+    def by_task(self) -> dict[str, dict[str, Any]]:
+        """Task by task: does the best router beat the base there, and does anything?
+
+        The best of many is looked for on the rows that judge it, so that each comparison with the base must hold at 95 % divided
+        among all of them (Bonferroni). ``verdict`` is "routing helps", "beyond the zoo: don't bother" where nothing scores clearly
+        above the base, or "don't bother" where something does, and no router.
+        """
+        level = 1 - 0.05 / max(len(self.contenders) - 1, 1)
+        result = {}
+        for task in self.tasks:
+            gain = {c: _mean(self.difference(c, "base", task)) for c in self.contenders}
+            low = {c: self.interval(c, "base", level=level, tasks=[task])[0] for c in self.contenders if gain[c] > 0}
+            clear = [c for c in low if low[c] > 0]
+            router = max(self.routers, key=gain.__getitem__)
+            best = max(self.contenders, key=gain.__getitem__)
+            helps = router in clear
+            result[task] = {
+                "router": router,
+                "router_exact": _mean(self.exact[router][task]),
+                "base_exact": _mean(self.exact["base"][task]),
+                "gain": gain[router],
+                "interval": list(self.interval(router, "base", level=level, tasks=[task])),
+                "best": best,
+                "best_exact": _mean(self.exact[best][task]),
+                "verdict": "routing helps" if helps else "don't bother" if clear else BEYOND,
+            }
+        return result
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Tasks where nothing scores clearly above the base."""
+        return tuple(task for task, found in self.by_task().items() if found["verdict"] == BEYOND)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
@@ -91,12 +130,19 @@ class Evaluation:
                     "mean_nll": self.mean(c, "nll"),
                     "interval": list(self.interval(c)),
                     "router": c in self.routers,
+                    **(
+                        {"seconds_per_row": self.seconds[c][0], "base_seconds_per_row": self.seconds[c][1]}
+                        if c in self.seconds
+                        else {}
+                    ),
+                    **({"router_bytes": self.size[c]} if c in self.size else {}),
                 }
                 for c in self.contenders
             },
             "rows": {task: len(rows) for task, rows in self.exact[self.contenders[0]].items()},
             "chosen": dict(self.chosen),
             "verdict": self.verdict(),
+            "by_task": self.by_task(),
         }
 
 
@@ -133,61 +179,58 @@ def evaluate(
         routers = {own_router.method(): own_router}
     routers = {f"{label} router" if label in BASELINES else label: router for label, router in routers.items()}
     _check(model, shots, routers, owner or {})
-    rows = [(task, shot) for task, some in shots.items() for shot in some]
-    limits = [max_new_tokens or len(completion_ids(model.source, shot)) + 4 for _, shot in rows]
     facts = [r.facts.get("profile") or {} for r in ([own_router] if own_router else []) + list(routers.values())]
-    known = next((f for f in facts if f), {})
-    names = model.names
-    single, owners, chosen = _choose(model, shots, known, dict(owner or {}), progress)
-
-    def one_hot(name: str | None) -> torch.Tensor:
-        return torch.tensor([float(other == name) for other in names])
-
-    forced = {
-        "base": lambda task: one_hot(None),
-        "best single": lambda task: one_hot(single),
-        "uniform": lambda task: torch.full((len(names),), 1 / len(names)),
-        "oracle": lambda task: one_hot(owners.get(task)),
-    }
-    texts: dict[str, list[str]] = {}
-    losses: dict[str, list[float]] = {}
-    labels = [*forced, *routers]
+    # What a profile says of adapters that a router was merged from is nothing this model could be set beside.
+    known = next((f for f in facts if f and {*f["owner"].values(), f["best_single"]} <= {*model.names, None}), {})
+    rows = [(task, shot) for task, some in shots.items() for shot in some]
+    plain, chosen = baselines(model, shots, known, owner or {}, progress)
+    exam = Exam.of(model, rows, max_new_tokens, batch_size)
+    labels = [*BASELINES, *routers]
     step = progress(2 * len(rows) * len(labels), "evaluating")
-    shots_N = [shot for _, shot in rows]
-    # All baselines in one list: a batch then holds rows of one length, whoever answers them.
-    weights = torch.stack([forced[label](task) for label in forced for task, _ in rows])
-    repeated: list[Shot] = shots_N * len(forced)
-    all_losses = mean_nll(model, repeated, weights, step=step)
-    all_texts = answer(model, repeated, weights, max_new_tokens=limits * len(forced), batch_size=batch_size, step=step)
-    for number, label in enumerate(forced):
-        span = slice(number * len(rows), (number + 1) * len(rows))
-        losses[label], texts[label] = all_losses[span], all_texts[span]
-    try:
-        for label, router in routers.items():
-            model.use(router)
-            losses[label] = mean_nll(model, shots_N, step=step)
-            texts[label] = answer(model, shots_N, max_new_tokens=limits, batch_size=batch_size, step=step)
-    finally:
-        model.use(own_router)
+    mixed = {label: torch.stack([plain[label][task] for task, _ in rows]) for label in BASELINES}
+    mixed |= {label: w_NE for label, router in routers.items() if (w_NE := exam.mixtures(model, router)) is not None}
+    # All mixtures in one list: a batch then holds rows of one length, whoever answers them.
+    papers = dict(zip(mixed, exam.mixed(model, [*mixed.values()], step), strict=True))
+    papers |= {label: exam.routed(model, router, step) for label, router in routers.items() if label not in papers}
+    paces = {label: pace(model, exam, plain[label][rows[0][0]]) for label in BASELINES[:3]}
+    paces["oracle"] = paces["best single"]  # whichever it is, one adapter
+    paces |= {label: pace(model, exam, router) for label, router in routers.items()}
+    return result_of(
+        [task for task, _ in rows],
+        {label: papers[label] for label in labels},
+        tuple(routers),
+        chosen,
+        seconds=paces,
+        size={label: gate_bytes(router) for label, router in routers.items()},
+    )
+
+
+def result_of(
+    tasks: Sequence[str],
+    papers: Mapping[str, Paper],
+    routers: tuple[str, ...],
+    chosen: Mapping[str, Any],
+    *,
+    seconds: Mapping[str, tuple[float, float]] | None = None,
+    size: Mapping[str, int] | None = None,
+) -> Evaluation:
+    """Contenders' answers to the same rows, sorted by task.
+
+    Args:
+        tasks: each row's.
+    """
 
     def by_task(values: Sequence[Any]) -> dict[str, list[Any]]:
-        table: dict[str, list[Any]] = {task: [] for task in shots}
-        for (task, _), value in zip(rows, values, strict=True):
+        table: dict[str, list[Any]] = {task: [] for task in dict.fromkeys(tasks)}
+        for task, value in zip(tasks, values, strict=True):
             table[task].append(value)
         return table
 
-    matches = {
-        label: [float(exact_match(text, shot.completion)) for text, shot in zip(texts[label], shots_N, strict=True)]
-        for label in labels
+    tables = {
+        kind: {label: by_task(getattr(paper, kind)) for label, paper in papers.items()}
+        for kind in ("exact", "nll", "generated")
     }
-    return Evaluation(
-        contenders=tuple(labels),
-        routers=tuple(routers),
-        exact={label: by_task(matches[label]) for label in labels},
-        nll={label: by_task(losses[label]) for label in labels},
-        generated={label: by_task(texts[label]) for label in labels},
-        chosen=chosen,
-    )
+    return Evaluation(tuple(papers), routers, **tables, chosen=chosen, seconds=seconds or {}, size=size or {})
 
 
 def _check(model: RoutedModel, shots: Shots, routers: Mapping[str, Router], owner: Mapping[str, str]) -> None:
@@ -205,6 +248,33 @@ def _check(model: RoutedModel, shots: Shots, routers: Mapping[str, Router], owne
             model.use(router)
     finally:
         model.use(own)
+
+
+def baselines(
+    model: RoutedModel,
+    shots: Shots,
+    known: Mapping[str, Any],
+    owner: Mapping[str, str],
+    progress: Progress = silent,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(baseline → task → its mixture [E], which adapters stand behind them and how they were chosen).
+
+    Args:
+        known: what a router remembers of its profile (`Profile.summary`), or nothing.
+        owner: task → its own adapter, by hand.
+    """
+    single, owners, chosen = _choose(model, shots, known, dict(owner), progress)
+    names = model.names
+
+    def one_hot(name: str | None) -> Tensor:
+        return torch.tensor([float(other == name) for other in names])
+
+    return {
+        "base": {task: one_hot(None) for task in shots},
+        "best single": {task: one_hot(single) for task in shots},
+        "uniform": {task: torch.full((len(names),), 1 / len(names)) for task in shots},
+        "oracle": {task: one_hot(owners.get(task)) for task in shots},
+    }, chosen
 
 
 def _choose(
@@ -241,6 +311,27 @@ def _choose(
         "oracle": {task: {"adapter": owners.get(task, "base"), "how": how.get(task, "by profile")} for task in shots},
     }
     return single, owners, chosen
+
+
+def bootstrap(
+    rows: Sequence[Sequence[float]], level: float = 0.95, seed: int = 0, weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """Interval of the mean over tasks of the mean over rows: rows are drawn again with replacement, within their task. The same
+    seed draws the same rows, whoever's scores they are.
+
+    Args:
+        rows: each task's values.
+        weights: of the tasks; by default all count the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mean_R = torch.zeros(_RESAMPLES, dtype=torch.float64)
+    for values, weight in zip(rows, weights or [1 / len(rows)] * len(rows), strict=True):
+        drawn_RN = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
+        mean_R += torch.tensor(values, dtype=torch.float64)[drawn_RN].mean(1) * weight
+    mean_R = mean_R.sort().values
+    tail = (1 - level) / 2
+    low, high = float(mean_R[int(tail * _RESAMPLES)]), float(mean_R[-1 - int(tail * _RESAMPLES)])
+    return round(low, 12), round(high, 12)  # a difference of nothing is nothing, and not 1e-17
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = {
     "profile": "interrupted; the same command goes on where it stopped",
+    "bench-routers": "interrupted; with --out, the methods that were done are kept, and the same command goes on with the others",
     "fetch": "interrupted; the adapters that were done are in the zoo, and the same command goes on with the others",
 }
 
@@ -68,6 +69,14 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_base(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--base", help="The base model: a Hub id, or a folder that holds a copy.")(function)
+
+
+def with_select(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option(
+        "--count", type=click.IntRange(min=1), metavar="M", help="How many adapters --select keeps at most; 12 by default."
+    )(function)
+    help_text = "Choose candidates first: by exact match and NLL on the shots, and by how unlike their updates are."
+    return click.option("--select", type=click.Choice(["kshot"]), help=help_text)(function)
 
 
 def open_zoo(path: str | None) -> Zoo:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from recycler import sentences, text
-from recycler.zoo.errors import UsageError
+from recycler import annotating, sentences, text
+from recycler.zoo.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
@@ -21,6 +22,7 @@ class Reading:
     def __init__(self, model: RoutedModel) -> None:
         self.model, self.adapters = model, model.names
         self.width = int(model.base.get_input_embeddings().weight.shape[1])
+        self.chains = not model.source.encoder_decoder
 
     @property
     def tasks(self) -> Sequence[str | None] | None:
@@ -31,21 +33,59 @@ class Reading:
         rows = [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
         return list(self.model.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.model.tokenizer(list(texts), add_special_tokens=False).input_ids]
+
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:
         return sentences.embed(texts, encoder)
 
+    def ask(self, prompts: Sequence[str], llm: str, *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        return annotating.ask(prompts, llm, temperature=temperature, seed=seed)
+
     @torch.no_grad()
-    def states(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def states(self, inputs: Mapping[str, Any], depth: float = 1.0) -> tuple[Tensor, Tensor]:
         ids_BT, mask_BT = _ids(inputs)
         model = self.model
+        reads = model.base.get_encoder() if model.source.encoder_decoder else model.base.base_model
+        plain: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
+        if not model.source.encoder_decoder:
+            plain = {**text.causal_inputs(model.source, ids_BT, mask_BT), "use_cache": False}
         with model.disabled():
-            if model.source.encoder_decoder:
-                output = model.base.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT.long())
-                return output.last_hidden_state.float(), mask_BT
-            # The hidden states that the head would read; the head itself sees one token.
-            plain = text.causal_inputs(model.source, ids_BT, mask_BT)
-            output = model.base(**plain, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        return output.hidden_states[-1].float(), mask_BT
+            states_BTH = reads(**plain).last_hidden_state if depth == 1.0 else _after(reads, depth, plain)
+        return states_BTH.float(), mask_BT
+
+
+class _Enough(Exception):
+    """The layer that was asked for has run; those above it need not."""
+
+
+def _after(reads: nn.Module, depth: float, inputs: Mapping[str, Any]) -> Tensor:
+    """What comes out of the layer at `depth`; nothing above it runs."""
+    layers = _layers(reads)
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    handle = layers[max(round(depth * len(layers)), 1) - 1].register_forward_hook(stop)
+    try:
+        with suppress(_Enough):
+            reads(**inputs)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _layers(reads: Any) -> nn.ModuleList:
+    """The stack of equal layers that a transformer is."""
+    count = reads.config.num_hidden_layers
+    stacks = [module for module in reads.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not stacks:
+        raise InputError(
+            f"{type(reads).__name__} shows no stack of {count} layers.", "", "Read its last layer: depth=1; or none: state=0."
+        )
+    return stacks[0]
 
 
 def _ids(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

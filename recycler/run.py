@@ -1,4 +1,5 @@
-"""Answering files and prompts with a composed model: every row as it came, plus "generated", in the order it came."""
+"""Answering files and prompts with a composed model: every row as it came, plus "generated", in the order it came; on request with
+"routing" (who answered, and why) or "recruiting" (who was asked, and what each said)."""
 
 from __future__ import annotations
 
@@ -28,14 +29,19 @@ def answer_file(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     only: str | None = None,
+    recruit: bool = False,
+    explain: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> list[str]:
-    """Answers every row of a JSONL file. The input is checked before the model is loaded.
+    """Answers every row of a JSONL file. The input is checked before the model is loaded. Where a row names its "task", a router that
+    wants to be told (`oracle`) is.
 
     Args:
         target: written only when all is done; None writes nothing.
         only: this adapter alone, or "base".
+        recruit: has a `skills` router's recruits answer one by one, and aggregates (see `recycler.recruiting`).
+        explain: adds "routing" to each row (see `recycler.explain`).
 
     Returns:
         The output lines.
@@ -62,8 +68,10 @@ def answer_file(
         )
     if target is not None:
         require_writable(target.parent)
-    texts = _answers(load(), [shot for _, shot in rows], max_new_tokens, batch_size, only, progress)
-    lines = [_line({**row, "generated": text}) for (row, _), text in zip(rows, texts, strict=True)]
+    tasks = [row["task"] if isinstance(row.get("task"), str) else None for row, _ in rows]
+    shots = [shot for _, shot in rows]
+    answers = _answers(load(), shots, max_new_tokens, batch_size, only, progress, tasks, recruit=recruit, explain=explain)
+    lines = [_line({**row, **made}) for (row, _), made in zip(rows, answers, strict=True)]
     if target is not None:
         _write(target, lines)
     return lines
@@ -83,13 +91,30 @@ def answer_prompts(
     Raises:
         UsageError: one of them is no text.
     """
+    rows = answered_prompts(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, only=only, progress=progress)
+    return [str(row["generated"]) for row in rows]
+
+
+def answered_prompts(
+    model: RoutedModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    only: str | None = None,
+    recruit: bool = False,
+    explain: bool = False,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """`answer_prompts` as rows: "prompt", "generated", and what `recruit` and `explain` add."""
     shots = []
     for prompt in prompts:
         shot = _prompt({"prompt": prompt})
         if not isinstance(shot, Shot):
             raise UsageError(f"The prompt {prompt!r} cannot be used: {shot}.", "", "Give some text.")
         shots.append(shot)
-    return _answers(model, shots, max_new_tokens, batch_size, only, progress)
+    answers = _answers(model, shots, max_new_tokens, batch_size, only, progress, recruit=recruit, explain=explain)
+    return [{"prompt": prompt, **made} for prompt, made in zip(prompts, answers, strict=True)]
 
 
 def check_answers(folder: Path, force: bool) -> None:
@@ -127,12 +152,34 @@ def _answers(
     batch_size: int,
     only: str | None,
     progress: Progress,
-) -> list[str]:
+    tasks: Sequence[str | None] | None = None,
+    *,
+    recruit: bool = False,
+    explain: bool = False,
+) -> list[dict[str, Any]]:
+    """What is added to each row."""
     if max_new_tokens < 1 or batch_size < 1:
         raise UsageError("--max-new-tokens and --batch-size must be at least 1.", "", "")
+    if recruit and (only is not None or explain):
+        raise UsageError(
+            f"--recruit does not go with {'--explain' if explain else '--only'}.",
+            "Recruits are chosen by the router, and their reasons are in every row.",
+            "Leave one of them out.",
+        )
+    if recruit:
+        from recycler.recruiting import solve
+
+        solved = solve(model, shots, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        return [{"generated": one.text, "recruiting": one.to_json()} for one in solved]
     step = progress(len(shots), "answering")
     with _only(model, only):
-        return answer(model, shots, max_new_tokens=max_new_tokens, batch_size=batch_size, step=step)
+        texts = answer(model, shots, max_new_tokens=max_new_tokens, batch_size=batch_size, tasks=tasks, step=step)
+        if not explain:
+            return [{"generated": text} for text in texts]
+        from recycler.explain import explain as reasons
+
+        routing = reasons(model, shots, batch_size=batch_size, tasks=tasks)
+    return [{"generated": text, "routing": reason} for text, reason in zip(texts, routing, strict=True)]
 
 
 @contextmanager

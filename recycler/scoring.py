@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from recycler.engine.sites import weight_OD
 from recycler.reading import Reading
 from recycler.routed import RoutedModel
 from recycler.routers.protocol import Batch, Group, Weights
+from recycler.sampling import Draws
 from recycler.shots import Shot
 
 if TYPE_CHECKING:
@@ -97,13 +99,18 @@ def answer(
     *,
     max_new_tokens: int | Sequence[int] = 64,
     batch_size: int = 32,
+    tasks: Sequence[str | None] | None = None,
+    seeds: Sequence[int | None] | None = None,
+    temperature: float = 1.0,
     step: Callable[..., None] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`. Batches hold prompts of like length.
+    """Answers, in the order of `rows`; greedy ones, unless seeds are given. Batches hold prompts of like length.
 
     Args:
         weights_NE: one mixture per row; None leaves them to the router.
         max_new_tokens: a limit for all, or one for each row.
+        tasks: each row's, for a router that wants to be told.
+        seeds: of each row; it is sampled at `temperature`, whatever else is in its batch. None leaves it greedy.
         step: called with the number of rows after each batch.
     """
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -112,11 +119,11 @@ def answer(
         inputs = text.prompts(model.source, [[rows[i]] for i in numbers])
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max(limits[i] for i in numbers)}
         options |= {"eos_token_id": model.source.ends, "pad_token_id": model.tokenizer.pad_token_id}
-        if weights_NE is None:
+        if seeds is not None:
+            options["logits_processor"] = [Draws([seeds[i] for i in numbers], temperature)]
+        told = nullcontext() if tasks is None else model.labelled([tasks[i] for i in numbers])
+        with told, nullcontext() if weights_NE is None else model.mixture(weights_NE[numbers]):
             ids_BT = model.generate(**inputs, **options)
-        else:
-            with model.mixture(weights_NE[numbers]):
-                ids_BT = model.generate(**inputs, **options)
         start = 0 if model.source.encoder_decoder else inputs["input_ids"].shape[1]
         for i, ids in zip(numbers, ids_BT[:, start:], strict=True):
             result[i] = model.tokenizer.decode(ids[: limits[i] + (start == 0)], skip_special_tokens=True)
@@ -137,7 +144,7 @@ class Fitting(Reading):
         super().__init__(model)
         self.progress = progress
         self.groups: tuple[Group, ...] = model.engine.groups
-        self.chains = not model.source.encoder_decoder
+        self.sites = tuple(name for name, _ in model.base.named_modules() if name in model.factors)
 
     def factors(self, site: str) -> Mapping[str, Factors]:
         return self.model.factors[site]

@@ -158,3 +158,5 @@ def evaluation_table(result: Evaluation) -> None:
     if hindsight:
         say(f"oracle chosen in hindsight, by NLL on these rows, for: {', '.join(hindsight)}")
     click.echo(result.verdict())
+    if result.beyond:
+        say(f"beyond the zoo, where nothing scores clearly above the base: {', '.join(result.beyond)}")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recycler.routers import columns
 from recycler.routers.linear import LinearRouter, Rows
-from recycler.routers.protocol import Model, Profile
+from recycler.routers.protocol import Group, Model, Profile
 from recycler.routers.select import Policy
 
 if TYPE_CHECKING:
@@ -47,15 +48,25 @@ class Arrow(LinearRouter):
             step()
         return cls(model.adapters, config, rows)
 
+    def extended(self, model: Model, profile: Profile | None, name: str) -> Self:
+        def column(group: Group, site: str) -> Tensor | None:
+            factors = model.factors(site).get(name)
+            return None if factors is None else prototype(factors)
+
+        return columns.extended(self, model, name, column)
+
+    def without(self, name: str) -> Self:
+        return columns.without(self, name)
+
 
 def prototype(factors: Factors) -> Tensor:
-    """First right singular vector [D] of ΔW = B A, exact and without forming ΔW.
+    """First right singular vector [D] of ΔW = B A, exact (in fp64) and without forming ΔW.
 
     Aᵀ = Q_A R_A and B = Q_B R_B give ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ; the middle is r×r, and Q_A maps its right singular vectors
     back. The sign is fixed (largest entry positive) so that the same weights give the same bytes; scores do not see it.
     """
-    q_a, r_a = torch.linalg.qr(factors.a_RD.T.float())
-    r_b = torch.linalg.qr(factors.b_OR.float(), mode="r").R
+    q_a, r_a = torch.linalg.qr(factors.a_RD.T.double())
+    r_b = torch.linalg.qr(factors.b_OR.double(), mode="r").R
     _, _, vh = torch.linalg.svd(r_b @ r_a.T)
     v_D = q_a @ vh[0]
-    return v_D * torch.sign(v_D[v_D.abs().argmax()])
+    return (v_D * torch.sign(v_D[v_D.abs().argmax()])).float()

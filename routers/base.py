@@ -14,6 +14,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,15 +23,27 @@ from torch import Tensor, nn
 
 from recycler.routers.protocol import Group, Model, Reader
 from recycler.routers.select import Policy
+from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import UsageError
 from recycler.zoo.writing import write_adapter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from recycler.zoo.adapter import Adapter
-
 SCHEMA_VERSION = 1
+_THRESHOLD = ".null_threshold"
+
+
+@dataclass(frozen=True)
+class Derived(Adapter):
+    """An adapter that was made out of others.
+
+    Attributes:
+        parts: their names. facts: what making it has to say, such as its error; goes into the router's report.
+    """
+
+    parts: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 class Gate(nn.Module):
@@ -61,7 +74,8 @@ class Router(nn.Module, ABC):
         granularity: what one decision is for: a "token" at a site, a whole "sequence", or everything ("static"). The mixture of a
             sequence is the same at every site and token, so that answers with the same mixture are the same answers.
         simplex: weights are at least 0 and their sum at most 1.
-        abstains: it may leave a token to the base, with weights whose sum is below 1.
+        abstains: it may leave a token to the base, with weights whose sum is below 1; by its method or by its policy.
+        trains: fitting takes gradient steps, or a search: minutes, not seconds.
         base_pass: every forward of the model is preceded by one of the bare base, whose hidden states `step` gets.
     """
 
@@ -70,13 +84,17 @@ class Router(nn.Module, ABC):
     paper: ClassVar[str] = ""
     granularity: ClassVar[Literal["token", "sequence", "static"]] = "token"
     simplex: ClassVar[bool] = True
-    abstains: ClassVar[bool] = False
-    base_pass: ClassVar[bool] = False
+    abstains: bool = False  # an instance may differ from its class, by its config
+    trains: ClassVar[bool] = False
+    base_pass: bool = False  # so may it here
 
     def __init__(self, adapters: Sequence[str], config: Any) -> None:
         super().__init__()
         self.adapters = tuple(adapters)
         self.config = config
+        self.abstains = type(self).abstains or getattr(config, "abstains", False)
+        self._calibrated = getattr(config, "calibrated", False)
+        self.thresholds: dict[str, float] = {}  # of the null policy, by group; found after fitting (`routers/calibration.py`)
         self.facts: dict[str, Any] = {}  # provenance: base, hashes, profile; filled where the router is built
         self.report: dict[str, Any] = {}  # what fitting has to say: losses, times, adapters without shots
         self.derived: tuple[Adapter, ...] = ()  # adapters that it made itself; they are kept with it
@@ -87,6 +105,11 @@ class Router(nn.Module, ABC):
         return cls.__module__.rsplit(".", 1)[-1]
 
     # -- what a method defines
+
+    @classmethod
+    def needed(cls, config: Any) -> frozenset[str]:
+        """What `fit` reads with this config: `needs`, or less."""
+        return cls.needs
 
     @classmethod
     @abstractmethod
@@ -180,8 +203,14 @@ class Router(nn.Module, ABC):
 
     def weights(self, scores_E: Tensor, group: Group | None = None) -> Tensor:
         """Scores → weights over the last axis, by the policy of the config."""
-        weights_E: Tensor = self.config.weights(scores_E, group)
+        found = (self._threshold(group),) if self._calibrated else ()
+        weights_E: Tensor = self.config.weights(scores_E, group, *found)
         return weights_E
+
+    def _threshold(self, group: Group | None) -> float | None:
+        """None while the router is fitted, and at sites that came with an adapter added later."""
+        sites = () if group is None else group.sites
+        return next((self.thresholds[site] for site in sites if site in self.thresholds), None)
 
     def save(self, folder: str | Path, *, statistics: bool = True, force: bool = False) -> Path:
         """Writes router.safetensors, what was made beside it, and router.json last.
@@ -202,7 +231,7 @@ class Router(nn.Module, ABC):
         (folder / "statistics.safetensors").unlink(missing_ok=True)
         self._save_derived(folder / "adapters", self.derived if statistics else ())
         for name, tensors in (
-            ("router", self.tensors()),
+            ("router", self.tensors() | {f"{site}{_THRESHOLD}": torch.tensor(t) for site, t in self.thresholds.items()}),
             ("statistics", self.statistics() if statistics else {}),
         ):
             if tensors or name == "router":
@@ -220,6 +249,13 @@ class Router(nn.Module, ABC):
         }
         (folder / "router.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf8")
         return folder
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `save` wrote to router.safetensors."""
+        rest = dict(tensors)
+        thresholds = {key: float(rest.pop(key)) for key in tensors if key.endswith(_THRESHOLD)}
+        self.thresholds = {key.removesuffix(_THRESHOLD): value for key, value in thresholds.items()}
+        self.load_tensors(rest)
 
     def _save_derived(self, folder: Path, derived: Sequence[Adapter]) -> None:
         """PEFT folders of the adapters that the method made: each loads in PEFT."""

@@ -1,6 +1,6 @@
 """Which methods there are, their options, and saved routers. A file of this folder that defines a router is a method.
 
-Other packages add methods through the entry-point group ``recycler.routers`` (name = "module:Class").
+Other packages add methods through the entry-point group ``recycler.routers`` (module = "module:Class"; see examples/my_router.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def methods() -> dict[str, type[Router]]:
     """Every method by name: the files of this folder, then the entry points of the group ``recycler.routers``.
 
     Raises:
-        InputError: two of them have one name.
+        InputError: two of them have one name, or one has another than its file.
     """
     import recycler.routers as package
 
@@ -47,6 +47,13 @@ def methods() -> dict[str, type[Router]]:
         if point.name in found:
             raise InputError(f"Two routers are called {point.name}.", f"One is {point.value}.", "Rename or uninstall one.")
         found[point.name] = point.load()
+        name = found[point.name].method()  # what its routers are saved as
+        if name != point.name:
+            raise InputError(
+                f"The router {point.name} is defined in {name}.py.",
+                "A method is called as its file, or what it saved could not be loaded.",
+                f'Rename the entry point: {name} = "{point.value}"',
+            )
     return dict(sorted(found.items()))
 
 
@@ -62,7 +69,7 @@ def find(name: str) -> type[Router]:
         raise UsageError(f"There is no router called {name!r}.", "", f"Choose {choices(methods())}.") from None
 
 
-def load(folder: str | Path) -> Router:
+def load_router(folder: str | Path) -> Router:
     """Reads a saved router.
 
     Raises:
@@ -100,7 +107,7 @@ def load(folder: str | Path) -> Router:
             for name in router.adapters
             if (folder / "adapters" / name).is_dir()
         )
-        router.load_tensors(load_file(folder / "router.safetensors"))
+        router.restore(load_file(folder / "router.safetensors"))
         if (folder / "statistics.safetensors").exists():
             router.load_statistics(load_file(folder / "statistics.safetensors"))
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:

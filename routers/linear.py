@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class LinearRouter(Router):
     rows reuses the decision of the group it runs after.
     """
 
-    normalise: ClassVar[bool] = False  # non-affine LayerNorm (eps 1e-5) of x first
-    absolute: ClassVar[bool] = False
+    normalise: bool = False  # non-affine LayerNorm (eps 1e-5) of x first
+    absolute: bool = False
 
     def __init__(self, adapters: Sequence[str], config: Any, rows: Mapping[str, Rows] | None = None) -> None:
         super().__init__(adapters, config)

@@ -14,17 +14,20 @@ backward serves them all. An adapter without shots of its own has no gate: its s
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from recycler.routers import columns
+from recycler.routers.chains import Chain
+from recycler.routers.initial import Start, starts
 from recycler.routers.linear import LinearRouter, Rows
-from recycler.routers.protocol import Group, Model, Profile, own_shots
+from recycler.routers.protocol import Batch, Group, Model, Profile, own_shots
 from recycler.routers.select import Policy
+from recycler.routers.training import descend, ends
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,17 +43,22 @@ class PhatgooseConfig(Policy):
         lr: AdamW's learning rate. With so few rows a step a higher one gets further: on twelve real adapters the routed model's
             held-in exact match is 0.33 at 5e-3 and 0.35 at 2e-2 to 3e-2, in the same number of steps.
         tokens: padded tokens in one forward and backward, the dial for memory; a step is split into rows of like length.
+        init: where gates start. "zero" is the paper's; "shots" is each adapter's mean input, less what all share
+            (`recycler.routers.initial`). With steps=0 that is the gate, at a temperature of its own.
     """
 
     steps: int = 45
     rows: int = 24
     lr: float = 3e-2
     tokens: int = 1024
+    init: Literal["zero", "shots"] = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.rows < 1 or not self.lr > 0:
-            raise UsageError("steps, rows and lr must be positive.", "", "")
+        if self.steps < 0 or self.rows < 1 or self.tokens < 1 or not 0 < self.lr < math.inf:
+            raise UsageError("steps, rows, tokens and lr must be positive.", "", "")
+        if self.steps == 0 and self.init == "zero":
+            raise UsageError("steps=0 with init=zero.", "Gates of zero choose nobody.", "Add init=shots, or take steps.")
 
 
 class Phatgoose(LinearRouter):
@@ -59,25 +67,71 @@ class Phatgoose(LinearRouter):
     Config = PhatgooseConfig
     needs = frozenset({"shots", "scores"})
     paper = "Muqeeth et al. 2024 (arXiv:2402.05859)"
+    trains = True
     normalise = True
 
     @classmethod
     def fit(cls, model: Model, profile: Profile, config: PhatgooseConfig) -> Self:
-        rows = own_shots(model, profile)
-        gates = _Gates(model.groups, len(model.adapters))
-        losses = _train(model, gates, rows, config, profile.seed)
-        trained = {e for e, _ in rows}
+        rows: list[Chain] = [[row] for row in own_shots(model, profile)]
+        known = sorted({chain[0][0] for chain in rows})
+        found = starts(model, rows, config.tokens, normalise=config.steps == 0) if config.init == "shots" else {}
         router = cls(model.adapters, config)
-        for group in model.groups:
-            for s, site in enumerate(group.sites):
-                present = [e for e, name in enumerate(model.adapters) if name in model.factors(site) and e in trained]
-                router.rows[site] = _rows(gates.v[gates.number[group.name]].detach()[s], present)
+        losses: list[float] = []
+        if config.steps == 0:
+            for group in model.groups:
+                for site in group.sites:
+                    router.rows[site] = _untrained(found[group.name], _present(model, site, known))
+        else:
+            gates = _Gates(model.groups, len(model.adapters))
+            gates.start(found)
+            losses = gates.learn(model, rows, config, profile.seed)
+            for group in model.groups:
+                for s, site in enumerate(group.sites):
+                    router.rows[site] = _rows(gates.of(group)[s], _present(model, site, known))
         router.report = {
             "rows": len(rows),
-            "loss": {"first": round(losses[0], 4), "last": round(losses[-1], 4)},
-            "without_gate": [name for e, name in enumerate(model.adapters) if e not in trained],
+            **({"loss": ends(losses)} if losses else {}),
+            "without_gate": [name for e, name in enumerate(model.adapters) if e not in known],
         }
         return router
+
+    def extended(self, model: Model, profile: Profile, name: str) -> Self:
+        """A router with one gate more at every site, trained on that adapter's own shots; the others' stay as they are."""
+        columns.require_next(self, model, name)
+        if self.config.init == "shots":
+            raise UsageError(
+                "These gates started from what sets each adapter's shots apart from all others'.",
+                "The others' shots are not kept.",
+                "Build it again, or with init=zero.",
+            )
+        new = len(self.adapters)
+        rows: list[Chain] = [[(new, shot)] for task in profile.own.get(name, ()) for shot in profile.shots[task]]
+        gates = _Gates(model.groups, new + 1)
+        losses = gates.learn(model, rows, self.config, profile.seed) if rows else []
+
+        def column(group: Group, site: str) -> Tensor | None:
+            present = _present(model, site, [new] if rows else [])
+            return _rows(gates.of(group)[group.sites.index(site)], present).v_ED[new] if present else None
+
+        router = columns.extended(self, model, name, column)
+        router.report = {"rows": len(rows), **({"loss": ends(losses)} if losses else {})}
+        return router
+
+    def without(self, name: str) -> Self:
+        """A router without one adapter: its gates are dropped, and the others' stay as they are."""
+        return columns.without(self, name)
+
+
+def _present(model: Model, site: str, known: Sequence[int]) -> list[int]:
+    """The adapters that have factors at a site, and a gate."""
+    return [e for e in known if model.adapters[e] in model.factors(site)]
+
+
+def _untrained(start: Start, present: Sequence[int]) -> Rows:
+    """Directions over their temperature; inputs are normalised, and directions of normalised inputs have mean 0 already."""
+    offset_E = torch.full((len(start.v_ED),), float("-inf"))
+    offset_E[list(present)] = 0.0
+    return Rows(start.v_ED / start.temperature(present), offset_E)
 
 
 def _rows(v_ED: Tensor, present: Sequence[int]) -> Rows:
@@ -107,33 +161,24 @@ class _Gates(nn.Module):
         gate_BTS = torch.sigmoid(torch.einsum("btd,bsd->bts", x_BTD.float(), v_BSD))
         return gate_BTS[..., None] * one_hot_BE[:, None, None, :]
 
+    def of(self, group: Group) -> Tensor:
+        """v [S, E, D], detached."""
+        return self.v[self.number[group.name]].detach()
 
-def _train(model: Model, gates: _Gates, rows: Sequence[tuple[int, Any]], config: PhatgooseConfig, seed: int) -> list[float]:
-    """Mean loss of each step. Every pass over the rows visits each once, in a seeded order."""
-    rng = random.Random(f"phatgoose {seed}")
-    optimiser = torch.optim.AdamW(gates.parameters(), lr=config.lr, weight_decay=0.0, eps=1e-8)
-    step = model.progress(config.steps, "gates")
-    losses: list[float] = []
-    pool: list[tuple[int, Any]] = []
-    for _ in range(config.steps):
-        while len(pool) < min(config.rows, len(rows)):
-            pool += rng.sample(list(rows), len(rows))
-        chosen, pool = pool[: config.rows], pool[config.rows :]
-        optimiser.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in model.batches([[shot] for _, shot in chosen], config.tokens):
-            batch = model.encode([[chosen[i][1]] for i in part])
-            device = batch.labels_BT.device
-            gates.to(device)
-            numbers = torch.tensor([chosen[i][0] for i in part], device=device)
-            gates.one_hot_BE = nn.functional.one_hot(numbers, len(model.adapters)).float()
-            loss_BT = model.nll(batch, gates.mixture)
-            # The mean per row: no adapter's long completions may outvote another's short ones.
-            loss = (loss_BT.sum(1) / (batch.labels_BT != -100).sum(1)).sum() / len(chosen)
-            loss.backward()
-            total += float(loss.detach())
-        nn.utils.clip_grad_norm_(gates.parameters(), 1.0)
-        optimiser.step()
-        losses.append(total)
-        step(1, f"loss {losses[-1]:.3f}")
-    return losses
+    @torch.no_grad()
+    def start(self, found: Mapping[str, Start]) -> None:
+        """Starts gates at directions, as long as makes v·x about 1: the sigmoid is neither flat nor decided there."""
+        for name, start in found.items():
+            spread_E = (start.sample_ND @ start.v_ED.T).square().mean(0).sqrt()
+            self.v[self.number[name]].copy_(start.v_ED / spread_E.clamp(min=1e-6)[:, None])
+
+    def learn(self, model: Model, rows: Sequence[Chain], config: PhatgooseConfig, seed: int) -> list[float]:
+        """Mean loss of each step."""
+
+        def mixture(batch: Batch, numbers: Sequence[int]) -> Callable[[Group, Tensor], Tensor]:
+            chosen_B = torch.tensor([rows[i][0][0] for i in numbers], device=batch.labels_BT.device)
+            self.to(chosen_B.device)
+            self.one_hot_BE = nn.functional.one_hot(chosen_B, self.one_hot_BE.shape[1]).float()
+            return self.mixture
+
+        return descend(model, self.parameters(), rows, mixture, config, f"phatgoose {seed}")

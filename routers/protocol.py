@@ -70,6 +70,7 @@ class Reader(Protocol):
 
     adapters: tuple[str, ...]
     width: int  # H, of the base's hidden states
+    chains: bool  # can several examples share one context? (no for encoder–decoder models)
 
     @property
     def tasks(self) -> Sequence[str | None] | None:
@@ -80,13 +81,31 @@ class Reader(Protocol):
         """Each row's tokens, decoded; special tokens are left out."""
         ...
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of the base each text has, without special tokens."""
+        ...
+
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:
         """Sentence embeddings [N, width of the encoder], of length 1, fp32, on the CPU."""
         ...
 
-    def states(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The bare base's last hidden states [B, T, H], fp32, and the mask [B, T] that is True at real tokens: those of the
-        encoder where there is one. One forward without adapters, without gradients."""
+    def ask(self, prompts: Sequence[str], llm: str, *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """A language model's answers, in order, uncleaned and some 60 tokens long at most. What was asked before is not asked
+        again. How to ask and what to keep: `recycler.routers.instructions`.
+
+        Args:
+            llm: a model's folder, its id on the Hub, or an endpoint, ``https://host/v1#model``.
+            temperature: 0 for the likeliest answer; above it, each `seed` draws another.
+        """
+        ...
+
+    def states(self, inputs: Mapping[str, Any], depth: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The bare base's hidden states [B, T, H], fp32, and the mask [B, T] that is True at real tokens: those of the encoder
+        where there is one. One forward without adapters, without gradients.
+
+        Args:
+            depth: how far up: 1 for what the head reads, 0.5 for what comes out of the middle layer.
+        """
         ...
 
 
@@ -94,7 +113,7 @@ class Model(Reader, Protocol):
     """The base with its adapters, as a router sees it while it is fitted."""
 
     groups: tuple[Group, ...]
-    chains: bool  # can several examples share one context? (no for encoder–decoder models)
+    sites: tuple[str, ...]  # of all groups, in the order in which the base defines its modules
 
     def factors(self, site: str) -> Mapping[str, Factors]:
         """The adapters that hold factors at `site`, by name."""

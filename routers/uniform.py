@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from recycler.routers import columns
 from recycler.routers.protocol import Model, Profile
 from recycler.routers.static import StaticRouter
 
@@ -30,8 +31,9 @@ class Uniform(StaticRouter):
         return cls(model.adapters, config, torch.full((len(model.adapters),), 1 / len(model.adapters)))
 
     def extended(self, model: Model, profile: Profile | None, name: str) -> Self:
+        columns.require_next(self, model, name)
         return self.fit(model, profile, self.config)
 
     def without(self, name: str) -> Self:
-        rest = [other for other in self.adapters if other != name]
+        rest = [self.adapters[e] for e in columns.rest(self, name)]
         return type(self)(rest, self.config, torch.full((len(rest),), 1 / len(rest)))

@@ -198,6 +198,7 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
         ["profile", way.pico.tasks[0], "--kshot", 1, "--out", tmp_path / "p1", "--json"],
         ["routers", "--json"],
         ["build-router", "uniform", "--out", tmp_path / "gates", "--json"],
+        ["bench-routers", "--profile", "p2", "--methods", "arrow", "--tasks", way.pico.tasks[0], "--rows", 1, "--json"],
         ["eval", way.model, way.pico.tasks[0], "--rows", 1, "--json"],
     ):
         data = json.loads(ok(*args, zoo=way.zoo).stdout)  # nothing else is on stdout
@@ -205,7 +206,7 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
     with_json = {path for path, command in commands() if any("--json" in p.opts for p in command.params)}
     assert with_json == {f"recycle {name}" for name in (
         "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "zoo check", "zoo health", "zoo licences",
-        "profile", "routers", "build-router", "eval",
+        "profile", "routers", "build-router", "bench-routers", "eval",
         "search", "extract",  # with tests of their own
     )}  # fmt: skip
 
@@ -230,14 +231,20 @@ def test_the_zoo(way: Way, tmp_path: Path) -> None:
 
 
 USAGE: list[tuple[list[str], str]] = [
-    (["build-router", "prose"], "Choose one of: arrow, phatgoose, ridge, uniform"),
-    (["build-router", "ridge", "--profile", "p2", "-o", "rigde=1"], "Its options: top_k=2, temperature=1.0"),
-    (["build-router", "ridge", "--profile", "p2", "-o", "top_k=many"], "int or none"),
+    (["build-router", "prose"], "Choose one of: arrow, average, average_activation, "),
+    (["build-router", "ridge", "--profile", "p2", "-o", "rigde=1"], "Its options: policy=top_k, top_k=2, temperature=1.0"),
+    (["build-router", "ridge", "--profile", "p2", "-o", "top_k=many"], "top_k=many"),
     (["build-router", "ridge", "--profile", "p2", "-o", "top_k"], "-o KEY=VALUE"),
     (["build-router", "ridge", "--profile", "p2", "-o", "out=x"], "Use --out"),
-    (["build-router", "ridge", "--profile", "p2", "-o", "progress=x"], "no option 'progress'. Its options: top_k=2"),
-    (["build-router", "ridge", "--profile", "p2", "-o", "method=x"], "no option 'method'. Its options: top_k=2"),
-    (["build-router", "ridge", "--profile", "p2", "-o", "loading=x"], "no option 'loading'. Its options: top_k=2"),
+    (
+        ["build-router", "ridge", "--profile", "p2", "-o", "progress=x"],
+        "no option 'progress'. Its options: policy=top_k, top_k=2",
+    ),
+    (["build-router", "ridge", "--profile", "p2", "-o", "method=x"], "no option 'method'. Its options: policy=top_k, top_k=2"),
+    (
+        ["build-router", "ridge", "--profile", "p2", "-o", "loading=x"],
+        "no option 'loading'. Its options: policy=top_k, top_k=2",
+    ),
     (["build-router", "ridge", "--profile", "p2", "-o", "ridge=nan"], "ridge=nan"),
     (["build-router", "ridge", "--profile", "p2", "--out", "GATES"], "holds a router already"),
     (["build-router", "arrow", "--device", "foo"], "The device 'foo' cannot be used."),
@@ -491,7 +498,8 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
 ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"),
-             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",)}  # fmt: skip
+             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",),
+             "subtract_rank": ("build-router",), "add": ("build-router",), "remove": ("build-router",), "router_name": ("build-router",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.
 KEPT = {("profile", "out"): "profile"}
 

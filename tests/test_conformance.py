@@ -22,11 +22,17 @@ from recycler.build import read_adapters
 from recycler.profiles import Profile
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
-from recycler.routers.discovery import load as load_router
-from recycler.routers.discovery import methods
+from recycler.routers.discovery import load_router, methods
 
 METHODS = sorted(methods())
-FAST: dict[str, dict[str, Any]] = {"phatgoose": {"steps": 4, "rows": 8}}  # the same code, fewer steps
+FAST: dict[str, dict[str, Any]] = {  # the same code, fewer steps; and options at which one adapter is itself
+    "phatgoose": {"steps": 4, "rows": 8},
+    "dare": {"density": 1.0},
+    "glider": {"local_options": "steps=4,rows=8"},
+    "lorahub": {"budget": 5, "seeds": 1, "rows": 4},
+    "magnitude_prune": {"density": 1.0},
+    "ties": {"density": 1.0},
+}
 TEXTS = ["Add 3 and b.", "Is 14 liable to e? It is not.", "def f(x)"]
 
 

@@ -136,3 +136,51 @@ def test_every_task_counts_the_same() -> None:
     table = {c: {"math": [value] * 90, "law": [0.0] * 10} for c, value in (("base", 0.0), ("ridge", 1.0))}
     result = Evaluation(("base", "ridge"), ("ridge",), table, table, {}, {})
     assert result.mean("ridge") == 0.5 and result.interval("ridge") == (0.5, 0.5)
+
+
+def test_task_by_task() -> None:
+    none, few, half, all_ = [0.0] * 40, [1.0, *[0.0] * 39], [0.0, 1.0] * 20, [1.0] * 40
+    table = {
+        "base": {"helped": none, "beyond": none, "lost": none, "known": all_},
+        "best single": {"helped": none, "beyond": none, "lost": half, "known": all_},
+        "ridge": {"helped": half, "beyond": few, "lost": none, "known": all_},
+        "arrow": {"helped": none, "beyond": none, "lost": none, "known": none},
+    }
+    result = Evaluation(tuple(table), ("ridge", "arrow"), table, table, {}, {})
+    found = result.by_task()
+    assert {task: one["verdict"] for task, one in found.items()} == {
+        "helped": "routing helps",
+        "beyond": "beyond the zoo: don't bother",  # one right answer of forty is luck
+        "lost": "don't bother",  # something helps, and no router
+        "known": "beyond the zoo: don't bother",
+    }
+    assert found["helped"]["router"] == "ridge" and found["helped"]["gain"] == 0.5 and found["helped"]["interval"][0] > 0.2
+    assert found["lost"]["best"] == "best single" and found["lost"]["best_exact"] == 0.5
+    assert result.beyond == ("beyond", "known")
+    assert result.interval("ridge", "base", tasks=["helped"]) == result.interval("ridge", tasks=["helped"])
+    narrow, wide = (result.interval("ridge", tasks=["helped"], level=level) for level in (0.5, 0.99))
+    assert wide[0] < narrow[0] <= narrow[1] < wide[1]
+
+
+def test_what_routers_cost(way: Way) -> None:
+    model = recycler.load(way.folder)
+    result = evaluate(model, Shots({"math": way.profile.shots["math"]}), max_new_tokens=2)
+    assert set(result.seconds) == set(result.contenders) and all(a > 0 and b > 0 for a, b in result.seconds.values())
+    assert result.size == {"ridge": sum(t.numel() * t.element_size() for t in way.router.tensors().values())}
+    data = result.to_json()
+    assert data["contenders"]["ridge"]["router_bytes"] == result.size["ridge"]
+    assert data["contenders"]["uniform"]["seconds_per_row"] > 0 and set(data["by_task"]) == {"math"}
+
+
+def test_routers_that_decide_once_a_sequence(way: Way) -> None:
+    """Each row's answer is that of the mixture that was decided for it, also where the router wants to be told the task."""
+    model = recycler.load(way.folder)
+    shots = Shots({task: rows[:2] for task, rows in Shots.from_files(*way.pico.tasks).items()})
+    profile = way.profile.assign({name: name for name in NAMES})
+    routers = {label: recycler.build_router(label, profile, zoo=way.zoo) for label in ("oracle", "single")}
+    result = evaluate(model, shots, routers={"told": routers["oracle"], "one": routers["single"]}, max_new_tokens=4)
+    for task, rows in shots.items():
+        prompts = [shot.prompt for shot in rows]
+        with model.only(task):
+            assert result.generated["told"][task] == one_by_one(model, prompts, 4)
+    assert result.generated["one"] == result.generated["best single"]

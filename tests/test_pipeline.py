@@ -19,7 +19,7 @@ from way import NAMES, PROMPTS, Way, logits, never, one_by_one
 import recycler
 from recycler import Shots
 from recycler.base import load_base
-from recycler.routers.discovery import load as load_router
+from recycler.routers.discovery import load_router
 from recycler.run import answer_file, answer_prompts, check_answers
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
 
@@ -168,7 +168,7 @@ def test_the_card(way: Way) -> None:
     assert facts["base_model"] == []  # folders of somebody's disk are no Hub ids
     for name in NAMES:
         assert f"| {name} |" in text
-    assert "not stated for code, law, math, poem" in text and "ridge=30.0" in text
+    assert "not stated for code, law, math, poem" in text and "top_k=2" in text
 
 
 def test_the_card_of_adapters_from_the_hub(way: Way, tmp_path: Path) -> None:

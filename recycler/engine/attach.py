@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from recycler.companion import Companion
 from recycler.engine.bank import Bank, Control
-from recycler.engine.sites import trace_groups
+from recycler.engine.sites import is_encoder_decoder, trace_groups
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -43,6 +44,8 @@ class Attachment(nn.Module):
         linears = {site: base.get_submodule(site) for site in factors}
         self.banks: list[Bank] = []
         self._handles: list[RemovableHandle] = []
+        self._base = [base]  # in a list: the base is not a child
+        self.companion: Companion | None = None
         for group in self.groups:
             bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control)
             self.banks.append(bank)
@@ -54,15 +57,26 @@ class Attachment(nn.Module):
     def use(self, router: Router | None) -> None:
         """Gives every bank its gate, or the bank whose decision it reuses; None takes them away."""
         by_name = {bank.group.name: bank for bank in self.banks}
+        ranks = None if router is None else getattr(router.config, "ranks", None)
         for bank in self.banks:
+            bank.limit(ranks)
             gate = None if router is None else router.gate(bank.group)
             bank.gate = None if gate is None else gate.to(bank.a_RD.device)
             follows = router is not None and gate is None and bank.group.after is not None
             bank.follow(by_name[str(bank.group.after)] if follows else None)
         self.control.select = None if router is None else router.weights
+        self._pass_base(router)
+
+    def _pass_base(self, router: Router | None) -> None:
+        if self.companion is not None:
+            self.companion.detach()
+        base = self._base[0]
+        wanted = router is not None and router.base_pass and not is_encoder_decoder(base)
+        self.companion = Companion(base, self.control, router) if wanted and router is not None else None
 
     def detach(self) -> None:
         """Removes the hooks: the base is as it was."""
+        self._pass_base(None)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

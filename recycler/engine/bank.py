@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from recycler.engine.sites import weight_OD
 from recycler.routers.base import Gate
+from recycler.routers.policies import strongest
 from recycler.routers.protocol import Group, Weights
+from recycler.zoo.lowrank import thin_svd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +65,7 @@ class Bank(nn.Module):
 
     Attributes:
         gate: the router's gate, or None while there is no router (then `control.forced` must be set).
+        ranks: how many rank-one components act at each token and site where the router decides; None is all (`limit`).
     """
 
     a_RD: Tensor
@@ -80,6 +83,8 @@ class Bank(nn.Module):
         super().__init__()
         self.group, self.control = group, control
         self.gate: Gate | None = None
+        self.ranks: int | None = None
+        self.spectral = False
         self.count = len(adapters)
         self._x: Tensor | None = None
         self._version, self._left = -1, 0
@@ -157,20 +162,47 @@ class Bank(nn.Module):
         for after in self._leader:
             after._leads = True
 
+    def limit(self, ranks: int | None) -> None:
+        """Lets only `ranks` components act at each token and site, the largest ones; None ends that.
+
+        The first time, every adapter's factors at a site become those of the SVD of what it adds there (DoRA's scale of B
+        included), A = ΣVᵀ and B = U: the products stay what they are, and A x is the size of what each component adds.
+        """
+        self.ranks = ranks
+        if ranks is None or self.spectral:
+            return
+        self.spectral = True
+        for s, (start, stop) in enumerate(self.spans):
+            b_RO = self._buffers[self._keys[s]]
+            assert b_RO is not None
+            lengths = torch.unique_consecutive(self.expert_R[start:stop], return_counts=True)[1].tolist()
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            for length, end in zip(lengths, ends, strict=True):
+                own, rows = slice(end - length, end), slice(start + end - length, start + end)
+                thin = thin_svd(self.a_RD[rows].cpu(), b_RO[own].T.cpu())
+                found = len(thin.s_K)  # fewer than there are rows where the rank is above a width
+                for part, new in ((self.a_RD[rows], thin.s_K[:, None] * thin.vt_KD), (b_RO[own], thin.u_OK.T)):
+                    part.zero_()
+                    part[:found] = new.to(part)
+
     # -- running
 
     def add(self, s: int, x_BTD: Tensor, y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
         """The base's output `y_BTO` at site number `s` plus the mixture of updates for input `x_BTD`."""
         h_NR, w_BTSE = self._mix(x_BTD)
         start, stop = self.spans[s]
+        if stop - start < h_NR.shape[-1]:
+            h_NR = h_NR[:, start:stop]
+        if self.ranks is not None and self.control.forced is None:
+            h_NR = strongest(h_NR, self.ranks)
         y_NO = y_BTO.reshape(-1, y_BTO.shape[-1])
         # Straight from the dictionary: attribute look-up through nn.Module is felt at one token a step.
         b_RO = self._buffers[self._keys[s]]
         assert b_RO is not None
         if b_RO.dtype == y_NO.dtype:
-            out_NO = torch.addmm(y_NO, h_NR[:, start:stop], b_RO)
+            out_NO = torch.addmm(y_NO, h_NR, b_RO)
         else:  # a quantised linear may answer in another dtype than the adapters are kept in
-            out_NO = y_NO + (h_NR[:, start:stop] @ b_RO).to(y_NO.dtype)
+            out_NO = y_NO + (h_NR @ b_RO).to(y_NO.dtype)
         if self._dora[s] or self._bias[s]:
             w_BTE = w_BTSE[..., s if w_BTSE.shape[-2] > 1 else 0, :]
             if w_BTE.dim() > y_BTO.dim():  # a model that flattens its tokens before the linear

@@ -1,0 +1,299 @@
+"""What a prompt asks for: tails, witnesses, and the routers that decide by them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pico
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recycler
+from recycler.base import load_base
+from recycler.build import read_adapters
+from recycler.profiles import Profile
+from recycler.routed import RoutedModel
+from recycler.routers.classifier import Classifier, ClassifierConfig, friends, table
+from recycler.routers.discovery import load_router
+from recycler.routers.glider import Glider, GliderConfig, _threshold
+from recycler.routers.requests import Requests, Witnesses, last_tokens, tails
+from recycler.routers.retrieval import Retrieval, RetrievalConfig, nearest
+from recycler.scoring import Fitting
+from recycler.shots import Shot, Shots
+from recycler.zoo.errors import UsageError
+
+NAMES = ("code", "law", "math", "poem")
+WORDS = {
+    "math": [f"Add the numbers {i} and {i + 3}." for i in range(6)],
+    "law": [f"Is the tenant liable for damage number {i}?" for i in range(6)],
+    "code": [f"Write a Python function that sorts list {i}." for i in range(6)],
+    "poem": [f"Compose a verse about the moon, number {i}." for i in range(6)],
+}
+
+
+def shots() -> Shots:
+    return Shots({task: [Shot(f"Instruction: {text}\nResponse:", " ok") for text in texts] for task, texts in WORDS.items()})
+
+
+def profile(nll: torch.Tensor | None = None) -> Profile:
+    own = {name: (name,) for name in NAMES}
+    return Profile(NAMES, shots(), torch.ones(5, 4, 6) if nll is None else nll, assigned=own)
+
+
+@pytest.fixture(scope="module")
+def fitting(llama: Pico) -> Fitting:
+    base = load_base(str(llama.base))
+    return Fitting(RoutedModel(base, read_adapters(recycler.Zoo(llama.zoo), NAMES, base)))
+
+
+def inputs(fitting: Fitting, *prompts: str) -> dict[str, torch.Tensor]:
+    return fitting.prompts([[Shot(prompt, "")] for prompt in prompts])
+
+
+ASKED = {
+    "math": "Instruction: What do 44 and 71 add up to?\nResponse:",
+    "law": "Instruction: Must the landlord pay, is he liable?\nResponse:",
+    "code": "Instruction: I need a Python function for reversing a list.\nResponse:",
+    "poem": "Instruction: Give me some verses on the moon.\nResponse:",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------ tails
+
+
+def test_tails_begin_at_lines_and_hold_a_few_words() -> None:
+    assert tails("a b c d\n\ne f g\nh") == ["a b c d\n\ne f g\nh", "e f g\nh"]
+    assert tails("one line of words") == ["one line of words"]
+    assert tails("") == [""]
+
+
+@given(st.text(alphabet="ab \n", max_size=200))
+def test_tails_are_suffixes_and_few(text: str) -> None:
+    found = tails(text)
+    assert found[0] == text and len(found) <= 8 and len(set(found)) == len(found)
+    assert all(text.endswith(tail) for tail in found)
+    assert all(text[: -len(tail)].endswith("\n") for tail in found[1:])
+
+
+# -------------------------------------------------------------------------------------------------------------- witnesses
+
+
+@pytest.mark.parametrize("state, words", [(0.0, 0.0), (0.5, 0.5)])
+def test_tasks_are_told_apart_in_other_words(fitting: Fitting, state: float, words: float) -> None:
+    """The pico base knows nothing, so its own evidence must not drown the encoder's."""
+    requests = Requests.fit(fitting, shots(), Witnesses(state=state, words=words), seed=0)
+    found = requests.read(fitting, inputs(fitting, *ASKED.values()))
+    assert [requests.tasks[c] for c in found.log_p_BC.argmax(-1)] == list(ASKED)
+    torch.testing.assert_close(found.log_p_BC.exp().sum(-1), torch.ones(4))
+
+
+def test_the_last_request_counts_wherever_it_begins(fitting: Fitting) -> None:
+    """After answered turns of other tasks; without tails, the whole prompt speaks for what came first."""
+    before = f"{ASKED['poem']} ok\n\n{ASKED['law']} ok\n\n"
+    prompts = inputs(fitting, *(before + ASKED[task] for task in ("math", "code")))
+    tasks = shots()
+    with_tails = Requests.fit(fitting, tasks, Witnesses(), seed=0)
+    found = with_tails.read(fitting, prompts)
+    assert [with_tails.tasks[c] for c in found.log_p_BC.argmax(-1)] == ["math", "code"]
+    assert all("moon" not in tail for tail in found.tails)
+
+
+def test_the_last_state_is_that_of_the_last_real_token(fitting: Fitting) -> None:
+    """Whatever the padding: against each prompt alone."""
+    texts = [ASKED["math"], ASKED["law"] + " and then some more"]
+    together = last_tokens(fitting, inputs(fitting, *texts), 0.5)
+    for row, text in zip(together, texts, strict=True):
+        torch.testing.assert_close(row, last_tokens(fitting, inputs(fitting, text), 0.5)[0], rtol=1e-3, atol=1e-4)
+    ids = fitting.model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    torch.testing.assert_close(together, last_tokens(fitting, ids, 0.5), rtol=1e-3, atol=1e-4)
+
+
+def test_reading_a_middle_layer_runs_none_above(fitting: Fitting) -> None:
+    """And gives what transformers says is there."""
+    prompt = inputs(fitting, ASKED["math"])
+    ran = []
+    handles = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(fitting.model.base.model.layers)
+    ]
+    states, mask = fitting.states(prompt, 0.5)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0] and mask.all()
+    with torch.no_grad(), fitting.model.disabled():
+        expected = fitting.model.base(**prompt, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states, expected[1])
+    torch.testing.assert_close(fitting.states(prompt, 1.0)[0], expected[-1])
+
+
+@pytest.mark.parametrize("name, value", [("state", -1), ("words", float("inf")), ("depth", 0), ("depth", 1.5)])
+def test_dials_that_say_nothing(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"^{name}="):
+        Witnesses(**{name: value})  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- classifier
+
+
+def test_a_row_of_the_table_is_the_best_adapter_the_base_or_a_better_mixture(
+    fitting: Fitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nll = torch.full((5, 4, 6), 2.0)
+    nll[3, 2] = 1.0  # math, at the task math (shots are in the order of WORDS: math, law, code, poem)
+    tasks = list(WORDS)
+    nll[1:, 0], nll[1:, 1] = 1.5, 1.5
+    nll[1 + NAMES.index("math"), 0] = 1.0
+    nll[1 + NAMES.index("law"), 1] = 1.0
+    nll[:, 2:] = torch.tensor([1.0, 3.0, 3.0, 3.0, 3.0])[:, None, None]  # nobody helps with the other two
+    plain = replace(profile(nll), assigned={})
+
+    def score(model: object, some: object, mixture_E: torch.Tensor, mean: bool = True) -> torch.Tensor:
+        law_and_code = mixture_E[NAMES.index("law")] > 0 and mixture_E[NAMES.index("code")] > 0
+        return torch.full((6,), 0.4 if law_and_code else 1.2) + 0.01 * torch.arange(6)
+
+    monkeypatch.setattr("recycler.routers.classifier._nll", score)
+    rows = dict(zip(tasks, table(fitting, plain, tasks, mix=4).tolist(), strict=True))
+    assert rows["code"] == rows["poem"] == [0, 0, 0, 0]
+    assert sorted(rows["law"])[:2] == [0, 0] and sum(rows["law"]) == 1  # law and code are better together
+    assert dict(zip(tasks, table(fitting, plain, tasks, mix=1).tolist(), strict=True))["law"] == [0, 1, 0, 0]
+    by_hand = replace(plain, assigned={"poem": ("law",)})
+    assert dict(zip(tasks, table(fitting, by_hand, tasks, mix=4).tolist(), strict=True))["law"] == [0, 0, 0, 1]
+
+
+def test_friends_keep_what_they_can_do_alone(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, rows = list(NAMES), torch.eye(4)
+
+    def answered(model: object, some: object, mixture_E: torch.Tensor) -> float:
+        active = {NAMES[e] for e in mixture_E.nonzero().flatten().tolist()}
+        return 1.0 if len(active) == 1 or active == {"code", "math"} else 0.5
+
+    monkeypatch.setattr("recycler.routers.classifier._answered", answered)
+    found = friends(fitting, profile(), tasks, rows, torch.rand(4, 4))
+    assert found.nonzero().tolist() == [[0, 2], [2, 0]]
+
+
+def classifier(fitting: Fitting, **config: object) -> Classifier:
+    return Classifier.fit(fitting, profile(), ClassifierConfig(**{"mix": 1, **config}))  # type: ignore[arg-type]
+
+
+def test_a_plain_prompt_gets_one_row_and_a_strange_one_the_base(fitting: Fitting) -> None:
+    router = classifier(fitting, sure=0.0)
+    decision = router.decide(fitting, inputs(fitting, *ASKED.values(), "qqqq zzzz xxxx 9981 %%% @@"))
+    assert decision.weights_BE.tolist()[:4] == torch.eye(4)[[NAMES.index(task) for task in ASKED]].tolist()
+    assert [list(reason["tasks"]) for reason in decision.why[:4]] == [[task] for task in ASKED]
+    strict = classifier(fitting, sure=0.0, unknown=1.0)
+    decision = strict.decide(fitting, inputs(fitting, *ASKED.values()))
+    assert not decision.weights_BE.any() and all(reason["unknown"] for reason in decision.why)
+
+
+def test_an_unsure_prompt_is_shared_with_a_friend_only(fitting: Fitting) -> None:
+    router = classifier(fitting, sure=1.0)
+    prompt = inputs(fitting, ASKED["math"])
+    router.friends_CC = torch.eye(4, dtype=torch.bool)
+    assert router.decide(fitting, prompt).weights_BE.max() == 1
+    router.friends_CC = torch.ones(4, 4, dtype=torch.bool)
+    likely = router.requests.read(fitting, prompt).log_p_BC.exp()[0].sort(descending=True)  # type: ignore[union-attr]
+    weights = router.decide(fitting, prompt).weights_BE[0]
+    if likely.values[1] > 0.04:
+        assert weights.nonzero().flatten().tolist() == sorted(likely.indices[:2].tolist()) and weights.max() == 0.5
+    else:
+        assert weights.max() == 1
+
+
+def test_every_row_has_a_reason_that_json_can_hold(fitting: Fitting) -> None:
+    import json
+
+    router = classifier(fitting)
+    assert json.loads(json.dumps(router.explain(router.prepare(fitting, inputs(fitting, *ASKED.values())))))
+
+
+# ---------------------------------------------------------------------------------------------------------------- retrieval
+
+
+def test_the_nearest_examples_are_the_highest_cosines() -> None:
+    torch.manual_seed(0)
+    queries, examples = (torch.nn.functional.normalize(torch.randn(n, 16), dim=-1) for n in (3, 40))
+    found, numbers = nearest(queries, examples)
+    expected = (queries @ examples.T).sort(descending=True)
+    torch.testing.assert_close(found, expected.values)
+    assert torch.equal(numbers, expected.indices)
+
+
+def test_the_adapter_with_the_nearest_example_answers(fitting: Fitting, tmp_path: Path) -> None:
+    router = Retrieval.fit(fitting, profile(), RetrievalConfig())
+    weights = router.decide(fitting, inputs(fitting, *ASKED.values())).weights_BE
+    assert weights.tolist() == torch.eye(4)[[NAMES.index(task) for task in ASKED]].tolist()
+    less = router.without("law")
+    assert less.adapters == ("code", "math", "poem") and len(less.examples_ND) == 18
+    kept = load_router(less.save(tmp_path / "less"))
+    assert isinstance(kept, Retrieval) and torch.equal(kept.owner_N, less.owner_N)
+    with pytest.raises(UsageError, match="no adapter law"):
+        less.without("law")
+
+
+def test_an_adapter_is_added_by_its_examples(fitting: Fitting, llama: Pico) -> None:
+    base = load_base(str(llama.base))
+    three = Fitting(RoutedModel(base, read_adapters(recycler.Zoo(llama.zoo), NAMES[:3], base)))
+    grown = Retrieval.fit(three, profile().restricted(NAMES[:3]), RetrievalConfig()).extended(fitting, profile(), "poem")
+    whole = Retrieval.fit(fitting, profile(), RetrievalConfig())
+    torch.testing.assert_close(grown.examples_ND, whole.examples_ND)  # to what a batch of another size rounds
+    assert torch.equal(grown.owner_N, whole.owner_N)
+
+
+# ------------------------------------------------------------------------------------------------------------------- glider
+
+
+def glider(fitting: Fitting, **config: object) -> Glider:
+    return Glider.fit(fitting, profile(), GliderConfig(local="ridge", **config))  # type: ignore[arg-type]
+
+
+def test_scores_are_the_local_ones_plus_one_bias_a_sequence(fitting: Fitting) -> None:
+    router = glider(fitting, beta=7.0)
+    prompts = inputs(fitting, ASKED["math"], ASKED["poem"])
+    plan = router.prepare(fitting, prompts)
+    b_BE, _ = router.compass.read(fitting, prompts)  # type: ignore[union-attr]
+    torch.testing.assert_close(plan, 7 * b_BE)
+    assert b_BE.argmax(-1).tolist() == [NAMES.index("math"), NAMES.index("poem")] and b_BE.abs().max() <= 1 + 1e-5
+    group = fitting.groups[0]
+    x = torch.randn(2, 3, group.width)
+    torch.testing.assert_close(
+        router.score(group, group.sites[0], x, plan), router.local.score(group, group.sites[0], x) + plan[:, None]
+    )
+
+
+@pytest.mark.parametrize("text", ["instructions", "requests"])
+def test_beta_is_calibrated_on_shots(fitting: Fitting, text: str) -> None:
+    router = glider(fitting, text=text)
+    facts = router.compass.facts  # type: ignore[union-attr]
+    assert {"beta_known", "beta_new", "threshold"} <= set(facts)
+    beta = router.compass.beta(torch.tensor([-50.0, 50.0]), None)  # type: ignore[union-attr]
+    assert beta.tolist() == [facts["beta_new"], facts["beta_known"]]
+
+
+def test_a_left_out_adapter_has_no_say(fitting: Fitting) -> None:
+    router = glider(fitting, beta=1.0)
+    e = NAMES.index("math")
+    own, _ = router.compass.read(fitting, inputs(fitting, ASKED["math"]))  # type: ignore[union-attr]
+    b_BE, similarity = router.compass.read(fitting, inputs(fitting, ASKED["math"]), without=e)  # type: ignore[union-attr]
+    assert own.argmax() == e and b_BE[0, e] == -1 and similarity[0] < own.max()
+
+
+_COSINES = st.lists(st.integers(-50, 50), min_size=1, max_size=8)
+
+
+@given(_COSINES, _COSINES)
+def test_the_threshold_parts_two_samples_as_well_as_any(near: list[int], far: list[int]) -> None:
+    a, b = torch.tensor(near) / 50, torch.tensor(far) / 50
+    right = lambda m: float((a >= m).float().mean() + (b < m).float().mean())  # noqa: E731
+    assert right(_threshold(a, b)) >= max(right(m / 100) for m in range(-101, 103)) - 1e-6
+
+
+def test_locals_that_do_not_score_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match="does not score tokens"):
+        GliderConfig(local="uniform").local_config()
+    with pytest.raises(UsageError, match="local=glider"):
+        GliderConfig(local="glider")
+    with pytest.raises(UsageError, match="has no option"):
+        GliderConfig(local="ridge", local_options="speed=3").local_config()
