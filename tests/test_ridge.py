@@ -47,7 +47,7 @@ def fit(pico: Pico, names: tuple[str, ...] = NAMES, **config: object) -> Ridge:
 
 def test_the_gates_are_the_least_squares_solution(llama: Pico) -> None:
     """Against an augmented least-squares solve on inputs collected one row at a time, without padding."""
-    router = fit(llama, chains=0, ridge=3.0, sharpness=5.0, rounds=1)
+    router = fit(llama, chains=0, ridge=3.0, sharpness=5.0)
     model = fitting(llama)
     group = model.groups[-2]
     assert group.after is None and group.name in router.rows
@@ -118,14 +118,14 @@ def test_how_rows_are_batched_does_not_matter(llama: Pico, tokens: int) -> None:
 
 def test_an_adapter_is_added_from_its_own_shots_alone(llama: Pico, tmp_path: Path) -> None:
     """The same as fitting all of them at once, where no chain joins the new one to the others."""
-    small = fit(llama, ("code", "law", "math"), chains=0, ridge=30.0, rounds=1)
+    small = fit(llama, ("code", "law", "math"), chains=0, ridge=30.0)
     loaded = load_router(small.save(tmp_path / "router"))  # the statistics survive saving
     assert isinstance(loaded, Ridge)
     own = {"poem": ("poem",)}
     shots = recycler.Shots({"poem": profile(llama).shots["poem"]})
     alone = Profile(("poem",), shots, torch.ones(2, 1, 4), assigned=own)
     grown = loaded.extended(fitting(llama), alone, "poem")
-    whole = fit(llama, chains=0, ridge=30.0, rounds=1)
+    whole = fit(llama, chains=0, ridge=30.0)
     assert grown.adapters == whole.adapters
     for site, rows in whole.rows.items():
         torch.testing.assert_close(grown.rows[site].v_ED, rows.v_ED, rtol=1e-3, atol=1e-3)
@@ -184,7 +184,7 @@ def test_a_later_round_sees_what_gates_make_of_the_rows(llama: Pico) -> None:
         x, y = (torch.cat([part[name][i] for part in second]) for i in (0, 1))
         torch.testing.assert_close(g, x.T @ x, rtol=1e-3, atol=1e-1)
         torch.testing.assert_close(c, x.T @ y, rtol=1e-3, atol=1e-1)
-    own = fit(llama, chains=0, ridge=3.0, rounds=1).sums
+    own = fit(llama, chains=0, ridge=3.0).sums
     assert any(not torch.allclose(own[name][0], g, rtol=1e-2, atol=1.0) for name, (g, _) in router.sums.items())
 
 
@@ -277,7 +277,7 @@ def test_sharpness_has_the_least_cross_entropy(llama: Pico) -> None:
         w = torch.cat([rows.v_ED, rows.offset_E[:, None]], 1).T * 0.5**i
         gates[group.name] = [w, w * 0.8]
     gates_F = [{name: w_F[f] for name, w_F in gates.items()} for f in range(2)]
-    found = _sharpness(model, parts, gates_F, 4, RidgeConfig(rounds=1))
+    found = _sharpness(model, parts, gates_F, 4, RidgeConfig())
     seen: dict[str, list[tuple[torch.Tensor, int]]] = {group.name: [] for group in deciding}
     for f, part in enumerate(parts):
         for [(e, shot)] in part:
@@ -318,7 +318,7 @@ def test_a_shot_of_two_adapters_is_left_out_for_both() -> None:
     assert held[0].isdisjoint(held[1]) and sum(map(len, parts)) == 9
 
 
-@pytest.mark.parametrize("config", [{"ridge": 1.0, "rounds": 1}, {}])
+@pytest.mark.parametrize("config", [{"ridge": 1.0}, {}])
 def test_nothing_is_left_out_where_nothing_is_to_be_found(config: dict[str, float]) -> None:
     """λ by hand; or one shot of each adapter, without which nothing would be known of it."""
     shots = [(e, f"{e}-{i}") for e in range(3) for i in range(4 if config else 1)]

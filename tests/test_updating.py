@@ -229,7 +229,7 @@ def test_linears_that_the_router_never_saw(llama: Pico, tmp_path: Path) -> None:
     law = Profile(("law",), shots, torch.tensor([1.0, 0.5])[:, None, None].expand(2, 1, 4))
     odd = replace(law, adapters=("odd",))
     ridge = recycler.build_router("ridge", law, zoo=zoo)
-    with pytest.raises(InputError, match="odd touches linears that no adapter of this router touches, and ridge cannot"):
+    with pytest.raises(UsageError, match="odd touches sites where this router decides nothing"):
         add_adapter(ridge, "odd", odd, zoo=zoo)
     for method in ("arrow", "spectr", "random", "average_activation"):
         grown = add_adapter(recycler.build_router(method, law, zoo=zoo), "odd", odd, zoo=zoo)
