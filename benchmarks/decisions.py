@@ -1,6 +1,6 @@
 """Routers that decide once a sequence, on every row: how often they pick the task's own adapter, and what they keep of its score.
 
-    python benchmarks/decisions.py [--adapters FOLDER] [--tasks FOLDER] [--base FOLDER] [--rows N] [--methods classifier,retrieval]
+    python benchmarks/decisions.py [--adapters FOLDER] [--tasks FOLDER] [--base FOLDER] [--rows N] [--methods classifier,classifier:sure=0]
 
 Two mixtures that are the same give the same answer, so that a router that is right costs nothing beside the oracle: this is the
 short way to the figures of `quality.py` that need all rows. FOLDER/kshot/*.jsonl are the only rows that anything learns from. Prints,
@@ -37,6 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import recycler
+    from recycler.contenders import contenders
     from recycler.terminal import bars
 
     sys.path[:0] = [str(EXAMPLES), str(HERE)]
@@ -69,14 +70,15 @@ def main() -> None:
         profile = recycler.profile(zoo, kshot, 16, out="decisions-held-in", progress=progress)
         whole = recycler.profile(zoo, everything, 16, out="decisions-all", progress=progress)
         exam: Exam | None = None
-        for method in arguments.methods.split(","):
-            router = recycler.build_router(method, profile, zoo=zoo, progress=progress)
+        for one in contenders(arguments.methods):
+            method = one.label
+            router = recycler.build_router(one.method, profile, zoo=zoo, progress=progress, **one.keywords)
             exam = exam or Exam(recycler.compose(zoo, router))
             # A task that is not its own adapter's is the best one's, so that methods that learn from own tasks see it.
             theirs: dict[str, list[str]] = {}
             for task, name in whole.owner.items():
                 theirs.setdefault(name, []).append(task)
-            knowing = recycler.build_router(method, whole, zoo=zoo, assign=theirs, progress=progress)
+            knowing = recycler.build_router(one.method, whole, zoo=zoo, assign=theirs, progress=progress, **one.keywords)
             for group, shots, used in (
                 *((group, shots, router) for group, shots in groups.items()),
                 ("held-out", held_out, router),
@@ -85,7 +87,7 @@ def main() -> None:
                 if shots:
                     line = exam.compare(method, group, shots, used, whole.owner)
                     lines.append(line)
-                    print(f"{line['method']:12s} {line['group']:20s} {line['exact']:.3f} of {line['own']:.3f} ({line['kept']:.1%})"
+                    print(f"{line['method']:20s} {line['group']:20s} {line['exact']:.3f} of {line['own']:.3f} ({line['kept']:.1%})"
                           f"  right {line['right']:.3f}  {line['tasks']}", flush=True)  # fmt: skip
     (arguments.out / "decisions.json").write_text(json.dumps(lines, indent=2) + "\n")
 

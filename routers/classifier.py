@@ -155,9 +155,10 @@ def table(model: Model, profile: Profile, tasks: Sequence[str], mix: int) -> Ten
     best: dict[int, float] = {}
     for c, mixture_E, alone_K in open_:
         gain_K = alone_K - _nll(model, profile.shots[tasks[c]], mixture_E)
-        gain, error = float(gain_K.mean()), float(gain_K.std()) / len(gain_K) ** 0.5 if len(gain_K) > 1 else float("inf")
-        if gain > max(error, best.get(c, 0.0)):
-            best[c], rows_CE[c] = gain, mixture_E
+        error = float(gain_K.std()) / len(gain_K) ** 0.5 if len(gain_K) > 1 else float("inf")
+        certain = float(gain_K.mean()) - error  # of two such mixtures, the one that is surer to be better
+        if certain > best.get(c, 0.0):
+            best[c], rows_CE[c] = certain, mixture_E
         step()
     return rows_CE
 

@@ -9,11 +9,11 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m pip install --quiet --no-deps --no-compile --target "$work/site" "$work"/dist/*.whl
 cd "$work"
 PYTHONPATH="$work/site" "$python" -P -c "
-import importlib.metadata, os, recycler, recycler.engine.bank, recycler.zoo.store, recycler.routers.base as base
+import importlib.metadata, os, recycler, recycler.engine.bank, recycler.zoo.store, recycler.routers.discovery as discovery
 site = os.path.realpath('$work/site')
-for module in (recycler, recycler.engine.bank, recycler.zoo.store, base):
+for module in (recycler, recycler.engine.bank, recycler.zoo.store, discovery):
     assert os.path.realpath(module.__file__).startswith(site), module.__file__
-assert {'arrow', 'phatgoose', 'ridge', 'uniform'} <= set(base.methods()), base.methods()
+assert {'arrow', 'phatgoose', 'ridge', 'uniform'} <= set(discovery.methods()), discovery.methods()
 assert os.path.exists(os.path.join(site, 'recycler', 'py.typed'))
 assert not os.path.exists(os.path.join(site, 'zoo')) and not os.path.exists(os.path.join(site, 'routers'))
 "
