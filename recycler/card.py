@@ -48,7 +48,7 @@ def card(model: RoutedModel, manifest: Mapping[str, Any]) -> str:
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
-        f"# {len(adapters)} adapter{"s" * (len(adapters) != 1)} on {_plain(base)}, routed by {router.method()}",
+        f"# {len(adapters)} adapter{'s' * (len(adapters) != 1)} on {_plain(base)}, routed by {router.method()}",
         "",
         f"A routed mixture of existing LoRA adapters. Neither the base nor the adapters were trained; the router is "
         f"**{router.method()}** ({router.paper}; {options}).",
