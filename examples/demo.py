@@ -2,8 +2,8 @@
 
     make demo                             or:  python examples/demo.py [--rows 12] [--base FOLDER] [--work FOLDER]
 
-Fetch into a fresh zoo, profile with 16 shots a task, build Arrow, ridge and the classifier, compose, evaluate on rows that nothing
-else has seen, and answer a mixed batch. It uses the Python API; the README shows the same from the command line.
+Fetch into a fresh zoo, profile with 16 shots a task, build Arrow and ridge, compose, evaluate on rows that nothing else has seen,
+and answer a mixed batch. It uses the Python API; the README shows the same from the command line.
 """
 
 from __future__ import annotations
@@ -59,13 +59,10 @@ def main() -> None:
         profile = recycler.profile(zoo, shots, kshot=16, out="demo", progress=progress)
     profile_table(profile)
 
-    stage("build routers: Arrow reads weights alone; ridge and the classifier learn from the shots")
+    stage("build routers: Arrow reads weights alone; ridge learns from the shots")
     with bars() as progress:
         arrow = recycler.build_router("arrow", zoo=zoo, out=zoo.routers_dir / "arrow", progress=progress)
         ridge = recycler.build_router("ridge", profile, zoo=zoo, out=zoo.routers_dir / "ridge", progress=progress)
-        classifier = recycler.build_router(
-            "classifier", profile, zoo=zoo, out=zoo.routers_dir / "classifier", progress=progress
-        )
     say(
         f"ridge: fitted in {ridge.report['seconds']} s on {ridge.report['rows']} shots and {ridge.report['chains']} chains of shots"
     )
@@ -79,15 +76,13 @@ def main() -> None:
     test = recycler.Shots({task: rows[: arguments.rows] for task, rows in test.items()})
     stage(f"evaluate: exact match on the first {arguments.rows} of 100 test rows of each task (make bench takes all)")
     with bars() as progress:
-        result = recycler.evaluate(
-            model, test, routers={"arrow": arrow, "ridge": ridge, "classifier": classifier}, progress=progress
-        )
+        result = recycler.evaluate(model, test, routers={"arrow": arrow, "ridge": ridge}, progress=progress)
     evaluation_table(result)
     say("Tasks named ho_... have no adapter of their own: their shots say which stranger helps most.")
 
     stage("answer a mixed batch, and show who fired")
     model = recycler.load(arguments.work / "model")
-    inputs = encode(model.source, [Shot(prompt, "") for prompt in PROMPTS])
+    inputs = encode(model.source, [[Shot(prompt, "")] for prompt in PROMPTS])
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=model.source.ends)
     fired = model.weights_for({"input_ids": ids, "attention_mask": (ids != model.tokenizer.pad_token_id).long()})
     for prompt, row, top in zip(PROMPTS, ids[:, inputs["input_ids"].shape[1] :], fired.top(2), strict=True):

@@ -7,8 +7,10 @@ balances adapters; then W = (G + λI)⁻¹C, and the score is T·x̂W. Beside si
 adapters in one context are used, each token labelled (and adapted) by its own segment: that is what a conversation that changes
 subject looks like.
 
-λ is each site's own. The shots are dealt into parts, chains join shots of one part only, and the sums are kept for each part:
-the error of a W that was solved without a part follows from that part's sums alone (`recycler.routers.ridge_equations`).
+λ can be each site's own (``-o ridge=none``). The shots are dealt into parts, chains join shots of one part only, and the sums are
+kept for each part: the error of a W that was solved without a part follows from that part's sums alone
+(`recycler.routers.ridge_equations`). That takes an eigendecomposition for every site and part, seconds at a width of 576 and hours
+at 4096, and finds what one λ of 200 does about as well; so that is the default.
 
 Measured on twelve adapters, 16 shots a task, four times fitted on 12 and scored on the other 4 (192 rows; mean NLL / share of
 answers right when the reference is read along), the same rows reworded, and after two examples of other tasks (switch):
@@ -79,7 +81,7 @@ class RidgeConfig(Policy):
     """
     Attributes:
         ridge: λ, added to the diagonal of G; inputs are normalised, so it is in units of tokens. None: at each site the one with
-            the least squared error on shots that were left out.
+            the least squared error on shots that were left out, at the cost of an eigendecomposition for each.
         sharpness: T, what predicted one-hots in [0, 1] are multiplied by before the softmax. None: at each site the one with the
             least cross-entropy on shots that were left out, for one pass more over the single shots.
         folds: in how many parts shots are left out. Each costs one eigendecomposition a site: 0.04 s at width 576, growing with the
@@ -95,7 +97,7 @@ class RidgeConfig(Policy):
         tokens: padded tokens in one forward; the dial for memory.
     """
 
-    ridge: float | None = None
+    ridge: float | None = 200.0
     sharpness: float | None = 10.0
     folds: int = 4
     rounds: int = 1

@@ -268,7 +268,7 @@ def test_sharpness_has_the_least_cross_entropy(llama: Pico) -> None:
     """Against every token's loss, one row at a time, each under the gates of its own part."""
     model, solved = fitting(llama), fit(llama, ridge=30.0, sharpness=1.0).rows
     shots = [(e, shot) for e, name in enumerate(NAMES) for shot in profile(llama).shots[name]]
-    parts = _parts(shots, RidgeConfig(folds=2))
+    parts = _parts(shots, RidgeConfig(ridge=None, folds=2))
     deciding = [group for group in model.groups if group.after is None]
     gates = {}
     for i, group in enumerate(deciding):  # the flatter the scores, the sharper they must be made
@@ -277,7 +277,7 @@ def test_sharpness_has_the_least_cross_entropy(llama: Pico) -> None:
         w = torch.cat([rows.v_ED, rows.offset_E[:, None]], 1).T * 0.5**i
         gates[group.name] = [w, w * 0.8]
     gates_F = [{name: w_F[f] for name, w_F in gates.items()} for f in range(2)]
-    found = _sharpness(model, parts, gates_F, 4, RidgeConfig())
+    found = _sharpness(model, parts, gates_F, 4, RidgeConfig(ridge=None))
     seen: dict[str, list[tuple[torch.Tensor, int]]] = {group.name: [] for group in deciding}
     for f, part in enumerate(parts):
         for [(e, shot)] in part:
@@ -301,7 +301,7 @@ def test_sharpness_has_the_least_cross_entropy(llama: Pico) -> None:
 
 def test_no_context_crosses_parts() -> None:
     shots = [(e, f"{e}-{i}") for e in range(5) for i in range(8)]
-    config = RidgeConfig(chains=10)
+    config = RidgeConfig(ridge=None, chains=10)
     parts = _parts(shots, config)
     chained = _chained(parts, config, seed=0)
     assert [len(part) for part in parts] == [10] * 4 and sum(map(len, chained)) == 10
@@ -313,22 +313,22 @@ def test_no_context_crosses_parts() -> None:
 
 def test_a_shot_of_two_adapters_is_left_out_for_both() -> None:
     shots = [(0, f"a-{i}") for i in range(3)] + [(1, f"b-{i}") for i in range(3)] + [(1, f"a-{i}") for i in range(3)]
-    parts = _parts(shots, RidgeConfig(folds=2))
+    parts = _parts(shots, RidgeConfig(ridge=None, folds=2))
     held = [{shot for [(_, shot)] in part} for part in parts]
     assert held[0].isdisjoint(held[1]) and sum(map(len, parts)) == 9
 
 
-@pytest.mark.parametrize("config", [{"ridge": 1.0}, {}])
+@pytest.mark.parametrize("config", [{"ridge": 1.0}, {"ridge": None}])
 def test_nothing_is_left_out_where_nothing_is_to_be_found(config: dict[str, float]) -> None:
     """λ by hand; or one shot of each adapter, without which nothing would be known of it."""
-    shots = [(e, f"{e}-{i}") for e in range(3) for i in range(4 if config else 1)]
+    shots = [(e, f"{e}-{i}") for e in range(3) for i in range(4 if config["ridge"] else 1)]
     assert len(_parts(shots, RidgeConfig(**config))) == 1  # type: ignore[arg-type]
 
 
 def test_a_single_shot_of_each_adapter_is_enough(llama: Pico) -> None:
     shots = profile(llama).shots
     one = replace(profile(llama), shots=recycler.Shots({task: shots[task][:1] for task in shots}), nll=torch.ones(5, 4, 1))
-    router = Ridge.fit(fitting(llama), one, RidgeConfig(sharpness=None))
+    router = Ridge.fit(fitting(llama), one, RidgeConfig(ridge=None, sharpness=None))
     assert set(router.dials.values()) == {(100.0, 10.0)}
 
 
