@@ -12,7 +12,8 @@ from typing import Any
 
 from recycler import annotating, recruiting
 from recycler.base import Base, fingerprint, load_base
-from recycler.profiles import Profile, measure, only_writer
+from recycler.journal import only_one
+from recycler.profiles import Profile, measure
 from recycler.profiles import check_output as check_profile_output
 from recycler.routed import RoutedModel
 from recycler.routers import calibration
@@ -80,7 +81,7 @@ def profile(
     empty = Profile(model.names, sample, _blank(len(chosen) + 1, sample), None, facts, hashes, {}, seed, name, where, key)
     given = empty.assign(assign or {}).assigned  # names are checked before the long work
     journal = None if where is None else where / "journal.jsonl"
-    with only_writer(where):
+    with only_one(where):
         if where is not None and not force and (where / "profile.json").exists():
             return _measured(where, key, given)
         try:

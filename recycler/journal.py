@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ class Journal(Mapping[str, Any]):
                 file.write(json.dumps([name, value]) + "\n")
 
 
+LOCK = ".lock"  # the file that says that somebody writes in a folder
+
+
 @contextmanager
 def only_one(folder: Path | None) -> Iterator[None]:
     """Keeps a second run out of a folder; None keeps nobody out.
@@ -68,7 +71,7 @@ def only_one(folder: Path | None) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -78,7 +81,8 @@ def only_one(folder: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / LOCK).unlink()
         lock.release()
 
 

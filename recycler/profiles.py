@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recycler.journal import LOCK, write_text
 from recycler.scoring import Progress, answer, mean_nll, silent
 from recycler.shots import Shot, Shots, parse_row
 from recycler.text import completion_ids
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from recycler.routed import RoutedModel
 
 SCHEMA_VERSION = 1
-_LOCK = ".lock"
 _HARM = 0.5  # nats a token: far above what an unrelated task's adapter costs by chance
 BASE = "base"  # the first row of every score: no adapter
 
@@ -176,12 +175,12 @@ class Profile:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "profile.json").unlink(missing_ok=True)  # of an earlier one: never beside other scores
         rows = [{"task": task, **shot.to_json()} for task, shots in self.shots.items() for shot in shots]
-        _write(folder / "shots.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / "shots.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         scores = {"nll": self.nll} if self.exact is None else {"nll": self.nll, "exact": self.exact}
         save_file({k: v.contiguous() for k, v in scores.items()}, folder / "profile.safetensors.tmp")
         os.replace(folder / "profile.safetensors.tmp", folder / "profile.safetensors")
         # Not sorted by key: the order of adapters is that of the scores' rows.
-        _write(folder / "profile.json", json.dumps(self.to_json(), indent=2) + "\n")
+        write_text(folder / "profile.json", json.dumps(self.to_json(), indent=2) + "\n")
         return folder
 
     @classmethod
@@ -240,38 +239,8 @@ class Profile:
 def check_output(folder: Path) -> None:
     """Raises UsageError when `folder` is in use for something else than a profile."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (held - {_LOCK} and not held & {"profile.json", "journal.jsonl"}):
+    if folder.is_file() or (held - {LOCK} and not held & {"profile.json", "journal.jsonl"}):
         raise UsageError(f"{folder} holds something else than a profile.", "Nothing is overwritten.", "Choose another --out.")
-
-
-@contextmanager
-def only_writer(folder: Path | None) -> Iterator[None]:
-    """Keeps a second run out of a profile's folder; None keeps nobody out.
-
-    Raises:
-        UsageError: another run is writing there now.
-    """
-    if folder is None:
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"Another run is writing the profile in {folder}.",
-            "Two at once would mix their scores.",
-            "Wait for it to end, or choose another --out.",
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            (folder / _LOCK).unlink()
-        lock.release()
 
 
 def own_tasks(
@@ -390,7 +359,7 @@ class _Journal:
             for line in lines[1:-1]:
                 what, numbers, values = json.loads(line)
                 self.scores |= {(what, i): v for i, v in zip(numbers, values, strict=True)}
-            _write(path, "\n".join([key, *lines[1:-1]]) + "\n")
+            write_text(path, "\n".join([key, *lines[1:-1]]) + "\n")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(key + "\n", encoding="utf8")
@@ -406,9 +375,3 @@ class _Journal:
         if self.path is not None:
             with self.path.open("a", encoding="utf8") as file:
                 file.write(json.dumps([what, numbers, values]) + "\n")
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf8")
-    os.replace(temporary, path)

@@ -398,7 +398,7 @@ def test_two_runs_at_once(llama: Pico, tmp_path: Path) -> None:
     zoo, shots, out = recycler.Zoo(llama.zoo), shots_of(llama), tmp_path / "p"
 
     def second(what: str, done: int) -> bool:
-        with pytest.raises(UsageError, match=r"Another run is writing the profile in .*another --out"):
+        with pytest.raises(UsageError, match=r"Another run is writing in .*another --out"):
             recycler.profile(zoo, shots, 1, out=out)
         return False
 
