@@ -320,7 +320,7 @@ class _Run:
         for label, paper in zip(BASELINES, papers, strict=True):
             if label not in self.journal:
                 weights_E = next(iter(first["best single" if label == "oracle" else label].values()))
-                row, base_row = pace(self.model, self.exam, weights_E)
+                row, base_row = pace(self.model, self.exam, None if label == "base" else weights_E)
                 active = mixtures[label].abs().amax(0) > 0
                 size = sum(self.sizes[name] for name, on in zip(self.model.names, active.tolist(), strict=True) if on)
                 kind = "sequence" if label == "oracle" else "static"

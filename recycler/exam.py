@@ -170,12 +170,12 @@ class using:
 
 
 @torch.no_grad()
-def pace(model: RoutedModel, exam: Exam, who: Router | Tensor, repeats: int = 3) -> tuple[float, float]:
+def pace(model: RoutedModel, exam: Exam, who: Router | Tensor | None, repeats: int = 3) -> tuple[float, float]:
     """Seconds that a row takes, and what it takes the bare base in the same minute: one batch of a few rows, each answered with
     the same few tokens, in turns; the least of the repeats.
 
     Args:
-        who: a router, or a mixture [E].
+        who: a router, a mixture [E], or None for the base, which is then both.
     """
     count = min(PACE_ROWS, len(exam))
     rows = [i * len(exam) // count for i in range(count)]
@@ -192,13 +192,15 @@ def pace(model: RoutedModel, exam: Exam, who: Router | Tensor, repeats: int = 3)
     router = who if isinstance(who, Router) else None
     with using(model, router), model.labelled([exam.tasks[i] for i in rows]):
         for _ in range(repeats):
-            if router is not None:
-                best[0] = min(best[0], seconds())
-            else:
-                with model.mixture(who if isinstance(who, Tensor) else {}):
+            if isinstance(who, Tensor):
+                with model.mixture(who):
                     best[0] = min(best[0], seconds())
+            elif who is not None:
+                best[0] = min(best[0], seconds())
             with model.disabled():
                 best[1] = min(best[1], seconds())
+    if who is None:
+        best[0] = best[1]
     return best[0] / count, best[1] / count
 
 

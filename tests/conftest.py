@@ -28,12 +28,22 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from way import Way
 
 # Pico matrices are too small to share; waiting for other threads costs more than the work.
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None)  # no timed assertions
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _client_cache_of_its_own() -> Iterator[None]:
+    """No test finds in the Hub client's cache what another one fetched, whatever their order."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=_HOME) as cache:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+        yield
 
 
 class Pico(NamedTuple):
