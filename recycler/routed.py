@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from recycler.base import Base
 from recycler.engine.attach import Attachment
+from recycler.engine.bank import Control, Few
 from recycler.reading import Reading
 from recycler.routers.base import Router
 from recycler.routers.protocol import Weights
+from recycler.routers.sequence import Decision, SequenceRouter
 from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
@@ -30,6 +32,35 @@ def _named(args: Sequence[Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """A model's inputs by name: the first that has none is input_ids."""
     ids = args[0] if args else inputs.get("inputs")
     return inputs if ids is None else {"input_ids": ids, **inputs}
+
+
+@contextmanager
+def _checkpoints(base: Any, control: Control) -> Iterator[None]:
+    """Where the base checkpoints its activations, backward runs layers again, when the ``with`` blocks around their forward have
+    ended: under the mixture that they had."""
+    name = "_gradient_checkpointing_func"
+    layers = [m for m in base.modules() if name in vars(m)] if base.training and torch.is_grad_enabled() else []
+
+    def kept(checkpoint: Any) -> Any:
+        def run(layer: Any, *args: Any) -> Any:
+            then = dict(vars(control))
+
+            def again(*inputs: Any) -> Any:
+                with control.set(**then):
+                    return layer(*inputs)
+
+            return checkpoint(again, *args)
+
+        return run
+
+    before = [getattr(layer, name) for layer in layers]
+    try:
+        for layer, checkpoint in zip(layers, before, strict=True):
+            setattr(layer, name, kept(checkpoint))
+        yield
+    finally:
+        for layer, checkpoint in zip(layers, before, strict=True):
+            setattr(layer, name, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -142,11 +173,21 @@ class RoutedModel(nn.Module):
     # -- running
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        with self.planned(_named(args, inputs)):
+        with self.planned(_named(args, inputs)), _checkpoints(self.base, self.engine.control):
             return self.base(*args, **inputs)
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
-        """As the base's own `generate`, with its options."""
+        """As the base's own `generate`, with its options.
+
+        Raises:
+            UsageError: it is to page its cache.
+        """
+        if inputs.get("cache_implementation") == "paged":
+            raise UsageError(
+                "`generate` does not page its cache.",
+                "Its rows are padded, and continuous batching would read padding as text.",
+                "Use generate_batch, with a list of token ids for each prompt.",
+            )
         with self.planned(_named(args, inputs)):
             return self.base.generate(*args, **inputs)
 
@@ -168,7 +209,8 @@ class RoutedModel(nn.Module):
             yield control.plan
             return
         plan = self.router.prepare(self.reading, prompt)
-        with control.set(plan=plan):
+        few = Few.of(plan.weights_BE) if isinstance(plan, Decision) else control.few
+        with control.set(plan=plan, few=few):
             yield plan
 
     @property
@@ -184,6 +226,88 @@ class RoutedModel(nn.Module):
             yield self
         finally:
             self.tasks = before
+
+    # -- continuous batching: the new tokens of many prompts are one row, and nothing there says whose a token is
+
+    def generate_batch(self, inputs: Sequence[Sequence[int]], *args: Any, **options: Any) -> dict[str, Any]:
+        """As the base's own `generate_batch`. Where one mixture holds for a whole sequence, prompts with the same one run together,
+        one mixture after the other.
+
+        Args:
+            inputs: each prompt's token ids, without padding.
+
+        Returns:
+            ``req_0``, ``req_1``, ... → what was generated for each prompt, in their order.
+
+        Raises:
+            UsageError: what is decided for a prompt is neither a mixture for all of it nor made token by token; or there are
+                more or fewer decisions than prompts.
+        """
+        rows_BE = self._sequencewise(inputs)
+        if rows_BE is None:
+            self._pack()
+            return self.base.generate_batch(inputs, *args, **options)
+        if len(rows_BE) != len(inputs):
+            raise UsageError(f"There are {len(rows_BE)} mixtures for {len(inputs)} prompts.", "", "Give each prompt its own.")
+        results: list[tuple[int, Any]] = []
+        mixtures_ME, number_B = rows_BE.unique(dim=0, return_inverse=True)
+        for m, weights_E in enumerate(mixtures_ME):
+            rows = (number_B == m).nonzero()[:, 0].tolist()
+            with self.mixture(weights_E):
+                self._pack()
+                made = self.base.generate_batch([inputs[i] for i in rows], *args, **options)
+            for name, output in made.items():  # req_N, or req_N__child#C of several answers to one prompt
+                number, mark, child = name.removeprefix("req_").partition("__")
+                row = rows[int(number)]
+                output.request_id = f"req_{row}{mark}{child}"
+                results.append((row, output))
+        return {output.request_id: output for _, output in sorted(results, key=lambda result: result[0])}
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """As the base's own. The manager keeps to one mixture, or to routers that decide token by token.
+
+        Raises:
+            UsageError: something is decided once a sequence.
+        """
+        self._pack()
+        return self.base.init_continuous_batching(*args, **options)
+
+    def continuous_batching_context_manager(self, *args: Any, **options: Any) -> Any:
+        """As the base's own; see `init_continuous_batching`."""
+        self._pack()
+        return self.base.continuous_batching_context_manager(*args, **options)
+
+    def _sequencewise(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Each prompt's mixture [B, E], where that is how they are given or decided."""
+        control, forced = self.engine.control, self.engine.control.forced
+        if not control.enabled or not prompts:
+            return None
+        if forced is not None:
+            return forced if isinstance(forced, Tensor) and forced.dim() == 2 else None
+        if not isinstance(self.router, SequenceRouter):
+            return None
+        padded = self.tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side="left", return_tensors="pt")
+        with self.planned(padded.to(self.source.device)) as plan:
+            return plan.weights_BE
+
+    def _pack(self) -> None:
+        """Readies the base for rows that are packed. Raises UsageError where what was decided cannot follow."""
+        control, router = self.engine.control, self.router
+        # A manager that was kept holds keys and values of other mixtures, and would share them with prompts that begin alike.
+        self.base.destroy_cached_continuous_batching_manager()
+        if not control.enabled:
+            return
+        if control.forced is not None:
+            what = (
+                "A mixture for each row or token" if isinstance(control.forced, Tensor) and control.forced.dim() > 1 else None
+            )
+            fix = "Use generate, or the same mixture for all prompts."
+        else:
+            packs = router is None or not (router.base_pass or type(router).prepare is not Router.prepare)
+            what = None if packs else f"What {router.method()} decides for a sequence"
+            fix = "Use generate_batch." if isinstance(router, SequenceRouter) else "Use generate."
+        if what is not None:
+            raise UsageError(f"{what} is lost in continuous batching.", "It packs tokens of all prompts into one row.", fix)
 
     # -- other mixtures than the router's
 
@@ -203,9 +327,11 @@ class RoutedModel(nn.Module):
                     f"Choose {choices(self.names)}.",
                 )
             weights = torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
+        few = None
         if isinstance(weights, Tensor):
+            few = Few.of(weights) if weights.dim() <= 2 else None
             weights = weights.to(self.source.device)
-        with self.engine.control.set(forced=weights):
+        with self.engine.control.set(forced=weights, few=few):
             yield self
 
     def only(self, name: str) -> Any:

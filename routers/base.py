@@ -207,6 +207,11 @@ class Router(nn.Module, ABC):
         weights_E: Tensor = self.config.weights(scores_E, group, *found)
         return weights_E
 
+    def most(self, group: Group) -> int | None:
+        """How many adapters a token has at most at a group's sites; None where it may have all."""
+        config = self.config
+        return config.most(group) if type(self).weights is Router.weights and isinstance(config, Policy) else None
+
     def _threshold(self, group: Group | None) -> float | None:
         """None while the router is fitted, and at sites that came with an adapter added later."""
         sites = () if group is None else group.sites

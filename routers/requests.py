@@ -9,14 +9,16 @@ their end although encoders stop at a few hundred tokens.
 Words. The mean of the base's own hidden states over the tokens of a tail: what its words mean to the model that will answer.
 
 State. The hidden state at the last token of the prompt. It has read everything, in order, and knows which request is still
-unanswered; what it knows of wordings it has not seen is little. It is fitted on the shots and on chains of them.
+unanswered; what it knows of wordings it has not seen is little. It is fitted on the shots and on chains of them, and heard only
+where tails speak for different tasks, on which of those it is.
 
 A task is claimed by the tail that speaks for it most:
 
     log p(c) = max over tails of [log p_text(c) + b · log p_words(c)] + a · log p_state(c), normalised.
 
-On SmolLM2's twelve tasks, the share of prompts whose task is named right, plain / reworded / after two other turns: text .998 /
-.907 / .805, state .99 / .60 / .99, all three together .999 / .934 / .998.
+On SmolLM2's twelve tasks, with 12 shots each, the share of prompts whose task is named right: plain 1.00, after two turns of other
+tasks 1.00, in words that nobody had in mind when this was made .925, such words after two turns so worded .84. The text alone names
+.917 of the reworded, and .65 of those after other turns. A state that is always heard names .84 of the reworded.
 
 Dimensions in names: B batch, T token, C task, N example, P tail, D width of the encoder, H width of the base.
 """
@@ -47,17 +49,16 @@ class Witnesses:
 
     Attributes:
         encoder: a sentence encoder: an id of the Hub, or a folder.
-        state: a, the say of the base's state at the prompt's last token beside the text's 1.
+        state: a, the say of the base's state at the prompt's last token beside the text's 1, where tails disagree.
         words: b, the say of the base's mean state over a tail. With both at 0 the base need not read the prompt twice.
-        depth: which layer's state, from 0 to 1. The middle knows the task; the end is busy with the next word. Words are read
-            at half of it, where they still are words.
+        depth: which layer's states, from 0 to 1. The middle sees the wording; the last layers are busy with the next word.
         tails: also read what begins at a line; false reads the whole prompt only.
     """
 
     encoder: str = MINILM
-    state: float = 0.5
+    state: float = 1.0
     words: float = 0.5
-    depth: float = 0.6
+    depth: float = 0.8
     tails: bool = True
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class Requests:
             chains = [[shot] for _, shot in rows]
             chained = _preceded(rows, seed) if model.chains and len(tasks) > 1 and config.state else []
             if config.words:
-                words_NH = _states(model, chains, config.depth / 2, lambda states: states.mean())
+                words_NH = _states(model, chains, config.depth, lambda states: states.mean())
                 middle_H = words_NH.mean(0)
                 tensors |= {"words.middle": middle_H}
                 tensors |= _regression("words", _unit(words_NH - middle_H), labels, len(tasks))
@@ -120,16 +121,16 @@ class Requests:
         flat = [tail for some in parts for tail in some]
         text_PD = reader.embed(flat, self.config.encoder)
         claim_PC = self._log_p("text", text_PD)
-        state_BC: Tensor | float = 0.0
-        if self.config.words:
+        states = _States(reader, inputs, self.config.depth) if self.config.words or self.config.state else None
+        if states is not None and self.config.words:
             row_P = [b for b, size in enumerate(sizes) for _ in range(size)]
-            states = _States(reader, inputs, self.config.depth / 2)
             words_PH = states.mean(row_P, reader.lengths(flat)) - self.tensors["words.middle"]
             claim_PC = claim_PC + self.config.words * self._log_p("words", _unit(words_PH))
-        if self.config.state:
-            state_BC = self.config.state * self._log_p("state", last_tokens(reader, inputs, self.config.depth))
         claims = claim_PC.split(sizes)
-        log_p_BC = (torch.stack([one.amax(0) for one in claims]) + state_BC).log_softmax(-1)
+        log_p_BC = torch.stack([one.amax(0) for one in claims])
+        if states is not None and self.config.state:
+            log_p_BC = log_p_BC + self.config.state * _between(claims, self._log_p("state", states.last()))
+        log_p_BC = log_p_BC.log_softmax(-1)
         similarity_P = (text_PD @ self.tensors["examples"].T).amax(-1)
         spoke = [
             some[int(one[:, best].argmax())]
@@ -146,6 +147,15 @@ class Requests:
 
     def _log_p(self, witness: str, x_ND: Tensor) -> Tensor:
         return (x_ND @ self.tensors[f"{witness}.weight"].T + self.tensors[f"{witness}.bias"]).log_softmax(-1)
+
+
+def _between(claims: Sequence[Tensor], state_BC: Tensor) -> Tensor:
+    """The state's word [B, C] on which of the tasks that the tails of a prompt speak for is meant; others fare as the least of
+    these, and with a single one there is nothing to say."""
+    for_BC = torch.stack([torch.nn.functional.one_hot(one.argmax(-1), one.shape[-1]).amax(0) for one in claims]).bool()
+    state_BC = state_BC.masked_fill(~for_BC, -torch.inf).log_softmax(-1)
+    least_B1 = state_BC.masked_fill(~for_BC, torch.inf).amin(-1, keepdim=True)
+    return torch.where(for_BC, state_BC, least_B1)
 
 
 def tails(text: str) -> list[str]:

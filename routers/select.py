@@ -125,6 +125,12 @@ class Policy:
             w_E = null(scores_E, -math.inf if threshold is None else threshold, k, self.temperature, self.renormalise)
         return shared(w_E, scores_E) if self.shared else w_E
 
+    def most(self, group: Group | None = None) -> int | None:
+        """How many weights of a token are not 0 at most; None where all may be."""
+        if self.shared or self.policy not in ("top_k", "null"):
+            return None
+        return self._at(group) if isinstance(self.top_k, str) else self.top_k
+
     def _at(self, group: Group | None) -> int:
         """The number for a group's part of the model."""
         if group is None:

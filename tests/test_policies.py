@@ -282,4 +282,4 @@ def test_ranks_above_a_width(llama: Pico) -> None:
         before = logits(model, TEXTS)
         bank.limit(3)
         close(logits(model, TEXTS), before, 2e-5)
-    assert bank.a_RD.shape == (40, 32) and not bank.a_RD[16:].any()
+    assert bank.stack.a_RD.shape == (40, 32) and not bank.stack.a_RD[16:].any()

@@ -19,7 +19,7 @@ from recycler.routed import RoutedModel
 from recycler.routers.classifier import Classifier, ClassifierConfig, friends, table
 from recycler.routers.discovery import load_router
 from recycler.routers.glider import Glider, GliderConfig, _threshold
-from recycler.routers.requests import Requests, Witnesses, last_tokens, tails
+from recycler.routers.requests import Requests, Witnesses, _between, last_tokens, tails
 from recycler.routers.retrieval import Retrieval, RetrievalConfig, nearest
 from recycler.scoring import Fitting
 from recycler.shots import Shot, Shots
@@ -91,14 +91,28 @@ def test_tasks_are_told_apart_in_other_words(fitting: Fitting, state: float, wor
 
 
 def test_the_last_request_counts_wherever_it_begins(fitting: Fitting) -> None:
-    """After answered turns of other tasks; without tails, the whole prompt speaks for what came first."""
+    """After answered turns of other tasks; without tails, the whole prompt speaks for what came first. The pico base
+    has two layers; the first still knows its words."""
     before = f"{ASKED['poem']} ok\n\n{ASKED['law']} ok\n\n"
     prompts = inputs(fitting, *(before + ASKED[task] for task in ("math", "code")))
     tasks = shots()
-    with_tails = Requests.fit(fitting, tasks, Witnesses(), seed=0)
+    with_tails = Requests.fit(fitting, tasks, Witnesses(depth=0.5), seed=0)
     found = with_tails.read(fitting, prompts)
     assert [with_tails.tasks[c] for c in found.log_p_BC.argmax(-1)] == ["math", "code"]
     assert all("moon" not in tail for tail in found.tails)
+
+
+def test_the_state_is_asked_only_where_tails_disagree() -> None:
+    """And only about the tasks that they speak for."""
+    claims = [
+        torch.tensor([[2.0, 1.0, 0.0], [3.0, 0.0, 0.0]]).log_softmax(-1),  # both tails for the first task
+        torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0]]).log_softmax(-1),
+    ]
+    state_BC = torch.tensor([[0.0, 0.0, 9.0], [0.0, 2.0, 9.0]]).log_softmax(-1)
+    first, second = _between(claims, state_BC).exp()
+    torch.testing.assert_close(first, torch.ones(3))
+    p = torch.tensor([0.0, 2.0]).softmax(-1)
+    torch.testing.assert_close(second, torch.stack([p[0], p[1], p[0]]))
 
 
 def test_the_last_state_is_that_of_the_last_real_token(fitting: Fitting) -> None:

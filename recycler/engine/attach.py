@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from recycler.companion import Companion
-from recycler.engine.bank import Bank, Control
+from recycler.engine.bank import Bank, Control, Few
 from recycler.engine.sites import is_encoder_decoder, trace_groups
+from recycler.routers.static import StaticRouter
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -61,10 +62,12 @@ class Attachment(nn.Module):
         for bank in self.banks:
             bank.limit(ranks)
             gate = None if router is None else router.gate(bank.group)
-            bank.gate = None if gate is None else gate.to(bank.a_RD.device)
+            bank.gate = None if gate is None else gate.to(bank.stack.a_RD.device)
+            bank.most = None if router is None else router.most(bank.group)
             follows = router is not None and gate is None and bank.group.after is not None
             bank.follow(by_name[str(bank.group.after)] if follows else None)
         self.control.select = None if router is None else router.weights
+        self.control.few = Few.of(router.weights_E) if isinstance(router, StaticRouter) else None
         self._pass_base(router)
 
     def _pass_base(self, router: Router | None) -> None:
