@@ -47,8 +47,10 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.model.get_input_embeddings().weight.device
+        """Where inputs go; also where accelerate offloads the embeddings themselves."""
+        from recycler.engine.sites import input_device
+
+        return input_device(self.model)
 
     @property
     def ends(self) -> list[int]:

@@ -28,6 +28,7 @@ from recycler.card import card
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
 from recycler.routers.discovery import load_router
+from recycler.shelving import AdapterDtype, Shelving
 from recycler.truncation import Truncation, truncate
 from recycler.zoo import formats, licences
 from recycler.zoo.adapter import Adapter
@@ -52,6 +53,9 @@ def compose(
     max_rank: int | None = None,
     license_allow: Iterable[str] | None = None,
     strict: bool = False,
+    resident: int | str | None = None,
+    adapter_dtype: AdapterDtype | None = None,
+    packed: str | Path | None = None,
     **loading: Any,
 ) -> RoutedModel:
     """Puts base, adapters and router together.
@@ -64,20 +68,28 @@ def compose(
         max_rank: cut adapters of a higher rank to this one, site by site; ``model.truncated`` says what that lost.
         license_allow: the licences that adapters may state; any where None. strict: what states none, is not recognised or is in
             conflict with another may not go in either.
+        resident, adapter_dtype, packed: as `load` takes them.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
         InputError: an adapter is missing, changed since the router was built, does not fit the base, or has a licence that may
             not go in.
-        UsageError: `out` is not empty, or `max_rank` is below 1.
+        UsageError: `out` is not empty, or `max_rank` is below 1; or adapters are to be paged that are made or cut here.
     """
     check_dials(max_rank, None)
+    shelving = Shelving.of(resident, adapter_dtype, packed)
     zoo = Zoo() if zoo is None else zoo
     if not isinstance(router, Router):
         router = load_router(router_folder(zoo, router))
     if out is not None:
         check_output(Path(out), force)
     made = {adapter.name for adapter in router.derived}
+    if shelving is not None and (made or max_rank is not None):
+        raise UsageError(
+            "Adapters that are made or cut while composing cannot be paged.",
+            "They have no files yet.",
+            "Compose with --out and without resident, then load that folder with it.",
+        )
     hashes = router.facts.get("hashes") or {name: "" for name in router.adapters if name not in made}
     # In the router's order, which a saved mapping has lost.
     needed = [name for name in router.adapters if name in hashes] + [name for name in hashes if name not in router.adapters]
@@ -93,7 +105,9 @@ def compose(
         licences.require({name: zoo.entry(name).licence for name in needed}, allow, strict=strict)
     if not isinstance(base, Base):
         base = load_base(base or recorded_base(router) or base_of(zoo, needed), **loading)
-    adapters = read_adapters(zoo, needed, base)
+    adapters = (
+        read_adapters(zoo, needed, base) if shelving is None else [_shelved(shelving, zoo, name, base) for name in needed]
+    )
     changed = [a.name for a in adapters if router.facts.get("hashes", {}).get(a.name, a.sha256) != a.sha256]
     if changed:
         raise InputError(
@@ -110,7 +124,7 @@ def compose(
     if max_rank is not None and any(max(a.ranks) > max_rank for a in adapters):
         scratch = scratch or Path(tempfile.mkdtemp(prefix="recycler-"))
         adapters, folders, truncated = _truncated(adapters, folders, max_rank, base, scratch)
-    model = RoutedModel(base, adapters, router)
+    model = RoutedModel(base, adapters, router, shelf=None if shelving is None else shelving.shelf())
     model.folders, model.truncated = folders, truncated
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, True)
@@ -118,6 +132,14 @@ def compose(
     if out is not None:
         save(model, Path(out), force=force)
     return model
+
+
+def _shelved(shelving: Shelving, zoo: Zoo, name: str, base: Base) -> Adapter:
+    entry = zoo.entry(name)
+    adapter = shelving.add(base, zoo.folder(name), name)
+    if adapter.sha256 != entry.weights:
+        return zoo[name]  # which says what is wrong
+    return replace(adapter, source=entry.source, revision=entry.revision, base=entry.base, licence=entry.licence)
 
 
 def _derived(router: Router, sources: Sequence[Adapter], scratch: Path) -> tuple[list[Adapter], dict[str, Path]]:
@@ -250,18 +272,33 @@ def _replace(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: str | None = None, **loading: Any) -> RoutedModel:
+def load(
+    path_or_id: str | Path,
+    *,
+    base: str | Base | None = None,
+    revision: str | None = None,
+    resident: int | str | None = None,
+    adapter_dtype: AdapterDtype | None = None,
+    packed: str | Path | None = None,
+    **loading: Any,
+) -> RoutedModel:
     """Loads a composed model from its folder, or from the Hub.
 
     Args:
         base: overrides the base that the model names: an id, a folder that holds a copy, or a loaded one.
         revision: of the model, on the Hub.
+        resident: how much memory adapters may take, bytes or a text such as "2GB": they lie on disk and are paged in as they are
+            used. All are in memory where None. ``print(model.engine.shelf)`` says how that goes.
+        adapter_dtype: "int8" keeps paged adapters in it until they are used, about 1 % from what they were; the base's dtype where
+            None. packed: where they are packed (`recycler.shelving`).
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
         InputError: not a composed model, a part of it is missing, or the base does not fit.
+        UsageError: `resident` or `adapter_dtype` is nonsense, or the router chooses among components of paged adapters.
         SecurityError: an adapter's weights are not those that were composed. HubError: it cannot be had.
     """
+    shelving = Shelving.of(resident, adapter_dtype, packed)
     folder = _local(path_or_id, revision)
     manifest = _manifest(folder)
     router = load_router(folder / "router")
@@ -272,7 +309,9 @@ def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: st
     adapters = []
     for record in manifest["adapters"]:
         name = record["name"]
-        adapter, _ = formats.read(folder / "adapters" / name, name)  # what is wrong is wrong here, not where it came from
+        home = folder / "adapters" / name
+        # What is wrong is wrong here, not where it came from.
+        adapter = formats.read(home, name)[0] if shelving is None else shelving.add(loaded, home, name)
         if adapter.sha256 != record["sha256"]:
             raise SecurityError(
                 f"The weights of {name} in {folder} are not those that were composed.",
@@ -280,10 +319,11 @@ def load(path_or_id: str | Path, *, base: str | Base | None = None, revision: st
                 "Compose the model again.",
             )
         came = {"source": record["source"], "revision": record["revision"], "licence": record.get("licence")}
-        adapters.append(replace(adapter, sites=place(adapter, shapes), **came))
+        sites = place(adapter, shapes) if shelving is None else {}
+        adapters.append(replace(adapter, sites=sites, **came))
     if tuple(a.name for a in adapters) != router.adapters:
         raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
-    model = RoutedModel(loaded, adapters, router)
+    model = RoutedModel(loaded, adapters, router, shelf=None if shelving is None else shelving.shelf())
     model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
     model.truncated = manifest["truncated"]
     _compare(model, manifest["base"])

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from recycler.base import Base
 from recycler.engine.attach import Attachment
 from recycler.engine.bank import Control, Few
+from recycler.engine.merge import merged
+from recycler.engine.plan import ExecutionPlan, execution_plan
 from recycler.reading import Reading
 from recycler.routers.base import Router
 from recycler.routers.protocol import Weights
 from recycler.routers.sequence import Decision, SequenceRouter
+from recycler.routers.static import StaticRouter
 from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
+    from recycler.engine.tiers import Shelf
     from recycler.truncation import Truncation
     from recycler.zoo.adapter import Adapter, Factors
 
@@ -104,13 +108,17 @@ class RoutedModel(nn.Module):
         base: a loaded base.
         adapters: with factors for sites of that base; their order is the order of weights.
         router: None leaves every forward to an explicit mixture (`mixture`, `only`, `disabled`).
+        shelf: holds the adapters' factors where they are paged in from disk (`recycler.load` with `resident`); `adapters` then need
+            none, and are in the order of the shelf.
 
     Attributes:
         adapters: the Adapter records; without their factors once there is a router.
         router: the router, or None; `use` exchanges it.
     """
 
-    def __init__(self, base: Base, adapters: Sequence[Adapter], router: Router | None = None) -> None:
+    def __init__(
+        self, base: Base, adapters: Sequence[Adapter], router: Router | None = None, *, shelf: Shelf | None = None
+    ) -> None:
         super().__init__()
         self.source, self.adapters, self.router = base, tuple(adapters), router
         self.base, self.tokenizer = base.model, base.tokenizer
@@ -118,13 +126,13 @@ class RoutedModel(nn.Module):
         self.truncated: dict[str, Truncation] = {}  # adapters that were cut to a rank, and what that lost
         self.warnings: list[str] = []  # what loading has to say
         self.tasks: tuple[str | None, ...] | None = None  # each row's task, inside `labelled`
-        factors: dict[str, dict[str, Factors]] = {}
-        for adapter in self.adapters:
+        factors: dict[str, dict[str, Factors]] = {} if shelf is None else {site: {} for site in shelf.sites}
+        for adapter in self.adapters if shelf is None else ():
             for site, update in adapter.sites.items():
                 factors.setdefault(site, {})[adapter.name] = update
-        self.engine = Attachment(base.model, factors, self.names, router)
+        self.engine = Attachment(base.model, factors, self.names, router, shelf=shelf)
         # Only fitting reads factors again; a finished model does not keep a second copy, in fp32, of what the engine holds.
-        self.factors = factors if router is None else {}
+        self.factors = factors if router is None and shelf is None else {}
         if router is not None:
             self.adapters = tuple(replace(adapter, sites={}) for adapter in self.adapters)
         self.train(False)
@@ -143,8 +151,9 @@ class RoutedModel(nn.Module):
 
     @property
     def extra_bytes(self) -> int:
-        """Memory that adapters and gates take beside the base."""
-        return sum(t.numel() * t.element_size() for t in self.engine.buffers())
+        """Memory that adapters and gates take beside the base; of adapters that are paged, what is in memory now."""
+        shelf = self.engine.shelf
+        return sum(t.numel() * t.element_size() for t in self.engine.buffers()) + (0 if shelf is None else shelf.held)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is not here is the base's: config, device, generation_config, can_generate, ..."""
@@ -210,6 +219,8 @@ class RoutedModel(nn.Module):
             return
         plan = self.router.prepare(self.reading, prompt)
         few = Few.of(plan.weights_BE) if isinstance(plan, Decision) else control.few
+        if self.engine.shelf is not None and few is not None:
+            self.engine.shelf.promote(few.used)
         with control.set(plan=plan, few=few):
             yield plan
 
@@ -291,23 +302,28 @@ class RoutedModel(nn.Module):
             return plan.weights_BE
 
     def _pack(self) -> None:
-        """Readies the base for rows that are packed. Raises UsageError where what was decided cannot follow."""
-        control, router = self.engine.control, self.router
-        # A manager that was kept holds keys and values of other mixtures, and would share them with prompts that begin alike.
+        """Readies the base for rows that are packed.
+
+        Raises:
+            UsageError: what is decided for a row, or beside it, would be lost.
+        """
+        # A manager that was kept shares keys and values with prompts that begin alike, whatever the mixture they were run with.
         self.base.destroy_cached_continuous_batching_manager()
-        if not control.enabled:
-            return
-        if control.forced is not None:
-            what = (
-                "A mixture for each row or token" if isinstance(control.forced, Tensor) and control.forced.dim() > 1 else None
+        control, router, forced, what = self.engine.control, self.router, self.engine.control.forced, ""
+        if self.source.encoder_decoder:
+            what = "an encoder–decoder"
+        elif control.enabled and forced is not None:
+            what = "a mixture for each row or token" if isinstance(forced, Tensor) and forced.dim() > 1 else ""
+        elif control.enabled and router is not None and (router.base_pass or type(router).prepare is not Router.prepare):
+            what = router.method()
+        if what:
+            raise UsageError(
+                f"Continuous batching cannot run {what}.",
+                "It packs all prompts' tokens into one row and one cache: nothing there is a prompt's own, or runs beside it.",
+                "Use generate_batch: prompts with the same mixture run together."
+                if isinstance(router, SequenceRouter) and forced is None
+                else "Use generate.",
             )
-            fix = "Use generate, or the same mixture for all prompts."
-        else:
-            packs = router is None or not (router.base_pass or type(router).prepare is not Router.prepare)
-            what = None if packs else f"What {router.method()} decides for a sequence"
-            fix = "Use generate_batch." if isinstance(router, SequenceRouter) else "Use generate."
-        if what is not None:
-            raise UsageError(f"{what} is lost in continuous batching.", "It packs tokens of all prompts into one row.", fix)
 
     # -- other mixtures than the router's
 
@@ -319,20 +335,23 @@ class RoutedModel(nn.Module):
             weights: name → weight (others are 0); or a tensor [E], [B, E] or [B, T, E].
         """
         if isinstance(weights, Mapping):
-            unknown = sorted(set(weights) - set(self.names))
-            if unknown:
-                raise UsageError(
-                    f"There is no adapter {', '.join(unknown)} in this model.",
-                    "",
-                    f"Choose {choices(self.names)}.",
-                )
-            weights = torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
+            weights = self._weights_E(weights)
         few = None
         if isinstance(weights, Tensor):
             few = Few.of(weights) if weights.dim() <= 2 else None
             weights = weights.to(self.source.device)
         with self.engine.control.set(forced=weights, few=few):
             yield self
+
+    def _weights_E(self, weights: Mapping[str, float]) -> Tensor:
+        unknown = sorted(set(weights) - set(self.names))
+        if unknown:
+            raise UsageError(
+                f"There is no adapter {', '.join(unknown)} in this model.",
+                "",
+                f"Choose {choices(self.names)}.",
+            )
+        return torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
 
     def only(self, name: str) -> Any:
         """``with model.only("math"):`` that adapter alone, at weight 1."""
@@ -342,6 +361,25 @@ class RoutedModel(nn.Module):
     def disabled(self) -> Iterator[RoutedModel]:
         """``with model.disabled():`` the bare base."""
         with self.engine.control.set(enabled=False):
+            yield self
+
+    @contextmanager
+    def merged(self, weights: Mapping[str, float] | Tensor | None = None) -> Iterator[RoutedModel]:
+        """``with model.merged({"math": 0.7, "code": 0.3}):`` one mixture written into the base's weights, which are put back
+        afterwards to the bit: no adapter costs anything meanwhile. For long runs; `mixture` is quicker to begin with.
+
+        Args:
+            weights: name → weight, or [E]; by default those of a router that is one mixture for everything.
+
+        Raises:
+            UsageError: the router decides by the input; or a linear cannot be written (quantised, shared, offloaded).
+        """
+        if weights is None:
+            if not isinstance(self.router, StaticRouter):
+                raise UsageError("This model has no single mixture.", "", "Name one: model.merged({...}).")
+            weights = self.router.weights_E
+        weights_E = self._weights_E(weights) if isinstance(weights, Mapping) else weights.cpu()
+        with merged(self.engine, self.base, weights_E):
             yield self
 
     @torch.no_grad()
@@ -357,6 +395,11 @@ class RoutedModel(nn.Module):
             self(**inputs)
         mask = inputs.get("attention_mask")
         return Firing(self.names, record, None if mask is None else mask.bool())
+
+    def execution_plan(self, tokens: int, sequences: int = 1) -> ExecutionPlan:
+        """Which path a forward of so many tokens takes at each site, and why; print it. The choice is made by shapes alone;
+        ``model.engine.control.path = "dense"`` overrides it. In a ``with`` block of `mixture`, for that mixture."""
+        return execution_plan(self.engine, tokens, sequences)
 
     # -- on disk
 

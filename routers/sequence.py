@@ -73,7 +73,13 @@ def for_input(rows_BE: Tensor, x_BTD: Tensor) -> Tensor:
     """One row of numbers per sequence → [B, 1, E] beside an input whose batch may have been widened (beams, several samples a
     prompt) or flattened to [N, D]."""
     rows_BE = rows_BE.to(x_BTD.device)
-    times = x_BTD.shape[0] // rows_BE.shape[0]
+    times, rest = divmod(x_BTD.shape[0], rows_BE.shape[0])
+    if rest:
+        raise UsageError(
+            f"{rows_BE.shape[0]} prompts were decided on, and {x_BTD.shape[0]} rows are run.",
+            "Whose mixture a row has is not known.",
+            "Run all rows of the prompts that were prepared, or prepare those that are run.",
+        )
     return (rows_BE if times == 1 else rows_BE.repeat_interleave(times, 0))[:, None]
 
 

@@ -141,7 +141,7 @@ def test_prefill_and_decode_never_wait(llama: Pico, method: str) -> None:
                 model.base(ids_BT[:, :1], attention_mask=mask_BT[:, :9], past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("path", ["dense", "gather", "sorted"])
+@pytest.mark.parametrize("path", ["dense", "gather", "sorted", "skip"])
 def test_no_path_waits(llama: Pico, path: Any) -> None:
     model = composed(llama, "arrow")
     model.engine.control.path = path

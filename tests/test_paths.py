@@ -15,7 +15,7 @@ from recycler.base import load_base
 from recycler.build import read_adapters
 from recycler.engine.bank import Few
 from recycler.engine.chooser import Shape, choose
-from recycler.engine.paths import Dense, Gather, PerSequence, Sorted, few
+from recycler.engine.paths import Begun, Dense, Gather, PerSequence, Skip, Sorted, few
 from recycler.engine.stack import Slab, Stack
 from recycler.routed import RoutedModel
 from recycler.routers.select import Policy
@@ -69,7 +69,8 @@ def test_paths_are_the_sum_over_adapters(
     stack = make([one, two], seed=seed)
     x_ND, w_NSE = torch.randn(tokens, WIDTHS[0]), some_weights(tokens, 2 if per_site else 1, 5, k)
     y = [torch.randn(tokens, width) for width in WIDTHS[1:]]
-    paths = [Dense(stack, x_ND[None], w_NSE[None]), Gather(stack, x_ND, w_NSE, k), Sorted(stack, x_ND, w_NSE, k)]
+    paths: list[Begun] = [Dense(stack, x_ND[None], w_NSE[None]), Gather(stack, x_ND, w_NSE, k), Sorted(stack, x_ND, w_NSE, k)]
+    paths += [Skip(stack, x_ND, w_NSE)] if len(stack.a_RD) else []
     for s, total_NO in enumerate(expected(stack, x_ND, w_NSE)):
         for path in paths:
             torch.testing.assert_close(path.add(s, y[s]).double(), y[s] + total_NO, rtol=1e-5, atol=2e-5)
@@ -107,7 +108,7 @@ def test_few_keeps_the_largest_by_size() -> None:
     assert Few.of(torch.zeros(3, requires_grad=True)) == Few((0, 1, 2), 3)  # all of them take gradients
 
 
-@pytest.mark.parametrize("path", ["dense", "gather", "sorted"])
+@pytest.mark.parametrize("path", ["dense", "gather", "sorted", "skip"])
 @pytest.mark.parametrize("method", ["arrow", "spectr"])
 def test_a_whole_model_answers_alike_on_every_path(llama: Pico, method: str, path: Any) -> None:
     zoo = recycler.Zoo(llama.zoo)

@@ -6,17 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from recycler.companion import Companion
 from recycler.engine.bank import Bank, Control, Few
 from recycler.engine.sites import is_encoder_decoder, trace_groups
+from recycler.routers.base import Router
+from recycler.routers.select import Policy
 from recycler.routers.static import StaticRouter
+from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from recycler.routers.base import Router
+    from recycler.engine.tiers import Shelf
     from recycler.routers.protocol import Group
     from recycler.zoo.adapter import Factors
 
@@ -29,6 +33,10 @@ class Attachment(nn.Module):
         factors: site → adapter name → Factors; only sites that some adapter touches.
         adapters: all adapter names, in the order of weights.
         router: gives each group its gate; None leaves mixtures to `control.forced`. `use` exchanges it.
+        shelf: the adapters packed on disk, paged in as they are used; `factors` then say only which sites there are.
+
+    Raises:
+        UsageError: the router chooses among components, and there is a shelf.
     """
 
     def __init__(
@@ -38,8 +46,10 @@ class Attachment(nn.Module):
         adapters: Sequence[str],
         router: Router | None = None,
         groups: tuple[Group, ...] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         super().__init__()
+        self.shelf = shelf
         self.groups = trace_groups(base, factors) if groups is None else groups
         self.control = Control()
         linears = {site: base.get_submodule(site) for site in factors}
@@ -48,22 +58,31 @@ class Attachment(nn.Module):
         self._base = [base]  # in a list: the base is not a child
         self.companion: Companion | None = None
         for group in self.groups:
-            bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control)
+            bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control, shelf)
             self.banks.append(bank)
             for s, site in enumerate(group.sites):
                 self._handles.append(linears[site].register_forward_hook(_hook(bank, s)))
         self.stacked = nn.ModuleList(self.banks)  # so that .to() reaches them
+        if shelf is not None:
+            shelf.arrange(self.banks)
         self.use(router)
 
     def use(self, router: Router | None) -> None:
         """Gives every bank its gate, or the bank whose decision it reuses; None takes them away."""
         by_name = {bank.group.name: bank for bank in self.banks}
         ranks = None if router is None else getattr(router.config, "ranks", None)
+        if ranks is not None and self.shelf is not None:
+            raise UsageError(
+                "A model that pages its adapters cannot choose among their components (ranks=).",
+                "Their factors would have to be made singular vectors at every miss.",
+                "Load it without resident.",
+            )
         for bank in self.banks:
             bank.limit(ranks)
             gate = None if router is None else router.gate(bank.group)
             bank.gate = None if gate is None else gate.to(bank.stack.a_RD.device)
             bank.most = None if router is None else router.most(bank.group)
+            bank.fused = _fused(router, bank.most)
             follows = router is not None and gate is None and bank.group.after is not None
             bank.follow(by_name[str(bank.group.after)] if follows else None)
         self.control.select = None if router is None else router.weights
@@ -91,7 +110,16 @@ def _hook(bank: Bank, s: int) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not control.enabled:
             return None
-        bias = getattr(module, "bias", None)
-        return bank.add(s, args[0], output, bias)
+        with align_module_device(module):  # accelerate has taken an offloaded bias away again
+            return bank.add(s, args[0], output, getattr(module, "bias", None))
 
     return hook
+
+
+def _fused(router: Router | None, most: int | None) -> tuple[int, float, bool] | None:
+    """(k, temperature, renormalise) where a router's weights are a plain top-k."""
+    config = None if router is None else router.config
+    if router is None or most is None or not isinstance(config, Policy) or type(router).weights is not Router.weights:
+        return None
+    plain = config.policy == "top_k" and config.standardise is None and type(config).weights is Policy.weights
+    return (most, config.temperature, config.renormalise) if plain else None

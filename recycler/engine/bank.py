@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from recycler.engine import kernels
 from recycler.engine.chooser import Shape, choose
-from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Sorted
+from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Skip, Sorted
+from recycler.engine.sites import linear_shape
 from recycler.engine.stack import Stack, placement, slab
 from recycler.routers.base import Gate
 from recycler.routers.protocol import Group, Weights
@@ -25,6 +27,7 @@ from recycler.routers.protocol import Group, Weights
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from recycler.engine.tiers import Shelf
     from recycler.zoo.adapter import Factors
 
 
@@ -78,11 +81,13 @@ class Bank(nn.Module):
         adapters: all adapter names; their order is the order of weights.
         linears: the base's linear per site; read for device, dtype and DoRA's norms, never changed.
         control: shared by all banks of the model.
+        shelf: what lies on disk and is paged in; `factors` are empty then.
 
     Attributes:
-        stack: what is kept.
+        stack: what is kept; nothing where there is a shelf.
         gate: the router's gate, or None while there is no router (then `control.forced` must be set).
         most: how many adapters the router gives a token at most here; None is all.
+        fused: top-k, temperature and renormalise of a policy that one kernel computes; None leaves it to the router.
         ranks: how many rank-one components act at each token and site where the router decides; None is all (`limit`).
     """
 
@@ -93,11 +98,14 @@ class Bank(nn.Module):
         adapters: Sequence[str],
         linears: Mapping[str, nn.Module],
         control: Control,
+        shelf: Shelf | None = None,
     ) -> None:
         super().__init__()
         self.group, self.control, self.count = group, control, len(adapters)
+        self.shelf = shelf
         self.gate: Gate | None = None
         self.most: int | None = None
+        self.fused: tuple[int, float, bool] | None = None
         self.ranks: int | None = None
         self.is_spectral = False
         self._x: Tensor | None = None
@@ -110,7 +118,7 @@ class Bank(nn.Module):
 
         index = {name: e for e, name in enumerate(adapters)}
         slabs = [{index[name]: slab(update, linears[s]) for name, update in factors[s].items()} for s in group.sites]
-        widths = [group.width, *(next(iter(held.values())).b_RO.shape[1] for held in slabs)]
+        widths = [group.width, *((linear_shape(linears[s]) or (0,))[0] for s in group.sites)]
         self.stack = Stack(slabs, self.count, placement(linears[group.sites[0]]), widths)
 
     def follow(self, leader: Bank | None) -> None:
@@ -158,27 +166,50 @@ class Bank(nn.Module):
 
     def _begin(self, x_BTD: Tensor) -> tuple[Begun | None, Stack, Tensor]:
         w_BTSE = self._weights(x_BTD)
-        few = self.control.few
-        stack = self.stack
-        if few is not None and not torch.compiler.is_compiling():
-            if not few.used:
-                return None, stack, w_BTSE
-            stack, number_E = self._of(few.used)
-            if number_E is not None:
-                w_BTSE = w_BTSE.index_select(-1, number_E)
-        routed = self.control.forced is None
-        ranks = self.ranks if routed else None
-        k = None if ranks is not None else few.k if few is not None else self.most if routed else None
+        stack, number_E = self._kept() if self.shelf is None else self.shelf.serve(self, x_BTD, w_BTSE)
+        if stack is None:
+            return None, self.stack, w_BTSE
+        if number_E is not None:
+            w_BTSE = w_BTSE.index_select(-1, number_E)
+        few, k, ranks = self.control.few, self._k(), self._ranks()
         if k is None or w_BTSE.dim() != x_BTD.dim() + 1:
             return Dense(stack, x_BTD, w_BTSE, ranks), stack, w_BTSE
         path = self.control.path or self.choose(stack, x_BTD.shape, k, few is not None)[0]
         x_ND = x_BTD.flatten(0, -2)
         if path == "sequence" and few is not None and x_BTD.dim() == 3:
             return PerSequence(stack, x_BTD, w_BTSE, k), stack, w_BTSE
-        if path in ("gather", "sorted"):
+        if path in ("gather", "sorted", "skip"):
             w_NSE = w_BTSE.expand(*x_BTD.shape[:-1], -1, -1).flatten(0, -3)
+            if path == "skip":
+                return Skip(stack, x_ND, w_NSE), stack, w_BTSE
             return (Gather if path == "gather" else Sorted)(stack, x_ND, w_NSE, k), stack, w_BTSE
         return Dense(stack, x_BTD, w_BTSE), stack, w_BTSE
+
+    def _kept(self) -> tuple[Stack | None, Tensor | None]:
+        """The stack that serves now, and its adapters' numbers where it is not all of them; nothing where nobody is wanted."""
+        few = self.control.few
+        if few is None or torch.compiler.is_compiling():
+            return self.stack, None
+        return self._of(few.used) if few.used else (None, None)
+
+    def _k(self) -> int | None:
+        """How many adapters a token has at most; None where it may have all, or where components are chosen among."""
+        if self._ranks() is not None:
+            return None
+        if self.control.few is not None:
+            return self.control.few.k
+        return self.most if self.control.forced is None else None
+
+    def _ranks(self) -> int | None:
+        return self.ranks if self.control.forced is None else None
+
+    def foresee(self, shape: Sequence[int]) -> tuple[Name, str, Stack]:
+        """The path that an input of a shape [B, T, D] would take now, why, and the stack that it would run on."""
+        stack, _ = self._kept()
+        if stack is None:
+            return "dense", "nobody is in the mixture: nothing runs", self.stack
+        name, why = self.choose(stack, shape, self._k(), self.control.few is not None)
+        return (self.control.path, "asked for", stack) if self.control.path else (name, why, stack)
 
     def choose(self, stack: Stack, shape: Sequence[int], k: int | None, sequencewise: bool) -> tuple[Name, str]:
         """The path for an input of a shape, and why."""
@@ -195,9 +226,11 @@ class Bank(nn.Module):
             )
         )  # fmt: skip
 
-    def _of(self, used: tuple[int, ...]) -> tuple[Stack, Tensor | None]:
+    def _of(self, used: tuple[int, ...]) -> tuple[Stack | None, Tensor | None]:
         """A stack of some of the adapters and their numbers; all of it where they are most of all. The last one is kept: the
         forwards of a generation, and batches of the same task, ask for the same."""
+        if self.shelf is not None:
+            return self.shelf.stack(self, used)
         if 4 * len(used) > 3 * self.count:
             return self.stack, None
         some = self._some
@@ -230,7 +263,12 @@ class Bank(nn.Module):
             return w_BTSE
         if self.gate is None or self.control.select is None:
             raise RuntimeError("this model has no router; set a mixture with model.mixture(...)")
-        w_BTSE = self.control.select(self.gate(x_BTD, self.control.plan), self.group)
+        scores_BTSE = self.gate(x_BTD, self.control.plan)
+        if self.fused is not None and scores_BTSE.is_cuda and not scores_BTSE.requires_grad:
+            w_NSE, _ = kernels.gate(scores_BTSE.flatten(0, -3), *self.fused)
+            w_BTSE = w_NSE.view(scores_BTSE.shape)
+        else:
+            w_BTSE = self.control.select(scores_BTSE, self.group)
         if self._leads:
             self._decision = w_BTSE
         return w_BTSE

@@ -7,6 +7,7 @@ outputs, waits for the device, or has shapes that depend on what was decided.
 - gather: each token's adapters' rows are looked up and multiplied with that token alone. Work grows with how many a token has, and
   every token reads its own: for a few tokens and many adapters.
 - sorted: tokens are sorted by adapter, and each adapter works on its own (grouped GEMM). For many tokens and many adapters.
+- skip: the rank rows that nobody in a tile of tokens needs are not read (Triton kernels). For a few tokens and many adapters on a GPU.
 - sequence: as gather, for mixtures that hold for a whole sequence: its tokens share what is looked up.
 
 Dimensions in names: B sequence, T token of it, N token, D input width, O output width, E adapter, R rank row, S site of the group,
@@ -20,6 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from recycler.engine import kernels
 from recycler.engine.stack import Stack
 from recycler.routers.policies import strongest
 
@@ -105,6 +107,22 @@ class Sorted:
         h_MP = torch.nn.functional.grouped_mm(self.x_ND[token_M], a_EDP, offs=ends_E)
         out_MO = torch.nn.functional.grouped_mm(h_MP * value_M[:, None].to(h_MP.dtype), b_EPO, offs=ends_E)
         return y_NO.index_add(0, token_M, out_MO.to(y_NO.dtype))
+
+
+class Skip:
+    """
+    Args:
+        w_NSE: as of Gather, however many of a row are not 0.
+    """
+
+    def __init__(self, stack: Stack, x_ND: Tensor, w_NSE: Tensor) -> None:
+        column_R = stack.expert_R if w_NSE.shape[1] == 1 else stack.slot_R
+        w_NSE = w_NSE.expand(len(x_ND), -1, -1).float()
+        self.stack, self.skip = stack, kernels.plan(w_NSE, column_R)
+        self.h_NR = kernels.shrink_skip(x_ND.to(stack.a_RD.dtype), stack.a_RD, w_NSE, column_R, self.skip)
+
+    def add(self, s: int, y_NO: Tensor) -> Tensor:
+        return kernels.expand_skip(y_NO, self.h_NR, self.stack.b_RO(s), self.stack.spans[s][0], self.skip)
 
 
 class PerSequence:

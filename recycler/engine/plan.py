@@ -57,15 +57,11 @@ class ExecutionPlan:
 
 def execution_plan(engine: Attachment, tokens: int, sequences: int = 1) -> ExecutionPlan:
     """What a forward of so many tokens would do, with the router or the mixture that is set now."""
-    found: dict[tuple[object, ...], list[tuple[str, int]]] = {}
+    found: dict[tuple[tuple[str, ...], Name, str, int, int], list[tuple[str, int]]] = {}
     for bank in engine.banks:
         path, why, stack = bank.foresee((sequences, -(-tokens // sequences), bank.group.width))
         sites = tuple(site.rpartition(".")[2] for site in bank.group.sites)
         size = sum(tensor.numel() * tensor.element_size() for tensor in stack.buffers())
-        key = (sites, path, why, stack.a_RD.shape[0], stack.count)
-        found.setdefault(key, []).append((bank.group.name, size))
-    steps = [
-        Step(tuple(name for name, _ in members), *key, sum(size for _, size in members))  # type: ignore[arg-type]
-        for key, members in found.items()
-    ]
+        found.setdefault((sites, path, why, stack.a_RD.shape[0], stack.count), []).append((bank.group.name, size))
+    steps = [Step(tuple(name for name, _ in own), *key, sum(size for _, size in own)) for key, own in found.items()]
     return ExecutionPlan(tokens, sequences, tuple(steps))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from recycler.routers.protocol import Group, Stream
@@ -39,13 +40,15 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def weight_OD(module: nn.Module) -> Tensor:
-    """The weight of a linear as an fp32 [O, D] matrix, dequantised where it is quantised."""
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
+    """The weight of a linear as an fp32 [O, D] matrix, dequantised where it is quantised, fetched where accelerate offloads it."""
+    with align_module_device(module):
+        weight = held = module.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            from peft.utils.integrations import dequantize_module_weight
 
-        weight = dequantize_module_weight(module)
-    weight = weight.detach().float()
+            weight = dequantize_module_weight(module)
+            module.weight = held  # on the CPU, PEFT puts one there that has lost its 8-bit scales
+        weight = weight.detach().float()
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
@@ -102,7 +105,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def _tiny_inputs(model: Any) -> dict[str, Tensor | bool]:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     inputs: dict[str, Tensor | bool] = {
         "input_ids": torch.ones(1, _LENGTH["input"], dtype=torch.long, device=device),
         "use_cache": False,
@@ -110,3 +113,10 @@ def _tiny_inputs(model: Any) -> dict[str, Tensor | bool]:
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.ones(1, _LENGTH["target"], dtype=torch.long, device=device)
     return inputs
+
+
+def input_device(model: Any) -> torch.device:
+    """Where inputs go: to the input embeddings, seen through accelerate's offloading."""
+    embeddings = model.get_input_embeddings()
+    hooked = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if hooked is None else torch.device(hooked)

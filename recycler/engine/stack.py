@@ -199,7 +199,7 @@ class Stack(nn.Module):
             out_NO = (out_NO.view(y_BTO.shape) + bias_BTO.to(out_NO.dtype)).view(out_NO.shape)
         dora_KO, dora_K = buffers[f"dora{s}_KO"], buffers[f"dora{s}_K"]
         if dora_KO is not None and dora_K is not None:
-            scale_BTO = w_BTE[..., dora_K].to(y_BTO.dtype) @ dora_KO
+            scale_BTO = (w_BTE[..., dora_K].to(dora_KO.dtype) @ dora_KO).to(y_BTO.dtype)
             plain_BTO = y_BTO if bias_O is None else y_BTO - bias_O
             out_NO = out_NO + (scale_BTO * plain_BTO).reshape(out_NO.shape)
         return out_NO
