@@ -242,9 +242,9 @@ def test_inference_mode_and_written_inputs_are_not_confused(llama: Pico) -> None
     assert isinstance(bank, Bank)
     x = torch.randn(1, 2, 32)
     with model.mixture({"code": 1.0}), torch.no_grad():
-        first = bank._mix(x)[0].h_NR.clone()
+        first = bank.mix(x)[0].h_NR.clone()
         x.mul_(2)
-        assert torch.allclose(bank._mix(x)[0].h_NR, 2 * first)
+        assert torch.allclose(bank.mix(x)[0].h_NR, 2 * first)
     ids = torch.tensor([[5, 6, 7]])
     with model.only("code"):
         with torch.inference_mode():

@@ -145,6 +145,44 @@ def test_a_mixture_a_row(llama: Pico, path: Any) -> None:
             assert torch.equal(model(**inputs).logits, bare)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["arrow", "uniform"])
+def test_one_gemm_for_base_and_adapters(llama: Pico, method: str) -> None:
+    """Routed, with the chosen path overridden, forced and bare; then the base has its weights and forwards again."""
+    zoo = recycler.Zoo(llama.zoo)
+    model = recycler.compose(zoo, recycler.build_router(method, zoo=zoo))
+    ids = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+
+    def logits() -> list[torch.Tensor]:
+        found = [model(ids).logits]
+        with model.only(model.names[0]):
+            found.append(model(ids).logits)
+        with model.mixture(torch.rand(2, 7, len(zoo), generator=torch.Generator().manual_seed(1))):
+            found.append(model(ids).logits)
+        with model.disabled():
+            found.append(model(ids).logits)
+        model.engine.control.path = "sorted"
+        found.append(model(ids).logits)
+        model.engine.control.path = None
+        return found
+
+    before, weights = logits(), {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+    plain = sum(not bank.stack.extra[s] for bank in model.engine.banks for s in range(len(bank.group.sites)))
+    assert model.engine.join() == plain > 0
+    for one, other in zip(logits(), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=4, do_sample=False), model.generate(ids, max_new_tokens=4, do_sample=False)
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, before[0], rtol=1e-5, atol=1e-5)
+    model.engine.detach()
+    state = model.base.state_dict()
+    assert all(torch.equal(state[name], tensor) and state[name].is_contiguous() for name, tensor in weights.items())
+    assert not any("forward" in vars(module) for module in model.base.modules())
+
+
 # ------------------------------------------------------------------------------------------------------------- the chooser
 
 SMALL = {"widths": (576, 960), "k": 2, "device": "cpu", "dtype": torch.float32}

@@ -3,6 +3,7 @@ and its quantisation stay as they are."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from recycler.companion import Companion
 from recycler.engine.bank import Bank, Control, Few
+from recycler.engine.concat import Joint, can_join
 from recycler.engine.sites import is_encoder_decoder, trace_groups
 from recycler.routers.base import Router
 from recycler.routers.select import Policy
@@ -57,11 +59,12 @@ class Attachment(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._base = [base]  # in a list: the base is not a child
         self.companion: Companion | None = None
+        self.joints: dict[str, Joint] = {}
         for group in self.groups:
             bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control, shelf)
             self.banks.append(bank)
             for s, site in enumerate(group.sites):
-                self._handles.append(linears[site].register_forward_hook(_hook(bank, s)))
+                self._handles.append(linears[site].register_forward_hook(_hook(bank, s, site, self.joints)))
         self.stacked = nn.ModuleList(self.banks)  # so that .to() reaches them
         if shelf is not None:
             shelf.arrange(self.banks)
@@ -96,20 +99,41 @@ class Attachment(nn.Module):
         wanted = router is not None and router.base_pass and not is_encoder_decoder(base)
         self.companion = Companion(base, self.control, router) if wanted and router is not None else None
 
+    def join(self) -> int:
+        """K-concat: every site that can computes base and adapters up in one GEMM (`recycler.engine.concat`); opt-in, because
+        the base's weights become views. To be called once the model is where it stays. Returns how many sites do."""
+        self.separate()
+        holders = Counter(id(p) for m in self._base[0].modules() for p in m._parameters.values() if p is not None)
+        for bank in self.banks if self.shelf is None else ():
+            for s, site in enumerate(bank.group.sites):
+                linear = self._base[0].get_submodule(site)
+                if isinstance(linear, nn.Linear) and can_join(bank, s, linear, holders):
+                    self.joints[site] = Joint(bank, s, linear)
+        return len(self.joints)
+
+    def separate(self) -> None:
+        """Ends `join`."""
+        for joint in self.joints.values():
+            joint.detach()
+        self.joints.clear()
+
     def detach(self) -> None:
         """Removes the hooks: the base is as it was."""
         self._pass_base(None)
+        self.separate()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
-def _hook(bank: Bank, s: int) -> Any:
+def _hook(bank: Bank, s: int, site: str, joints: Mapping[str, Joint]) -> Any:
     control = bank.control
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not control.enabled:
+        if not control.enabled or (joints and site in joints and joints[site].taken):
             return None
+        if getattr(module, "_hf_hook", None) is None:
+            return bank.add(s, args[0], output, getattr(module, "bias", None))
         with align_module_device(module):  # accelerate has taken an offloaded bias away again
             return bank.add(s, args[0], output, getattr(module, "bias", None))
 

@@ -22,7 +22,7 @@ from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Skip,
 from recycler.engine.sites import linear_shape
 from recycler.engine.stack import Stack, placement, slab
 from recycler.routers.base import Gate
-from recycler.routers.protocol import Group, Weights
+from recycler.routers.protocol import Few, Function, Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,29 +31,13 @@ if TYPE_CHECKING:
     from recycler.zoo.adapter import Factors
 
 
-@dataclass(frozen=True)
-class Few:
-    """What a host knows of mixtures, one a sequence, before anything runs: who is in any of them, and at most how many in one."""
-
-    used: tuple[int, ...]
-    k: int
-
-    @classmethod
-    def of(cls, weights_BE: Tensor) -> Few:
-        """Reads weights. Those that are trained use all adapters."""
-        if weights_BE.requires_grad:
-            return cls(tuple(range(weights_BE.shape[-1])), weights_BE.shape[-1])
-        on_BE = weights_BE.detach().reshape(-1, weights_BE.shape[-1]) != 0
-        return cls(tuple(on_BE.any(0).nonzero()[:, 0].tolist()), int(on_BE.sum(-1).amax()))
-
-
 @dataclass
 class Control:
     """What all banks of one model look at while they run."""
 
     select: Callable[[Tensor, Group], Tensor] | None = None  # the router's scores → weights
     plan: Any = None  # what the router prepared for this sequence
-    forced: Weights | None = None  # a mixture that overrides the router
+    forced: Tensor | Function | None = None  # a mixture that overrides the router
     few: Few | None = None  # of the plan or the forced mixture, where it holds for whole sequences
     path: Name | None = None  # overrides the chooser, where that path can be taken
     enabled: bool = True
@@ -144,7 +128,11 @@ class Bank(nn.Module):
 
     def add(self, s: int, x_BTD: Tensor, y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
         """The base's output `y_BTO` at site number `s` plus the mixture of updates for input `x_BTD`."""
-        begun, stack, w_BTSE = self._mix(x_BTD)
+        return self.apply(s, self.mix(x_BTD), y_BTO, bias_O)
+
+    def apply(self, s: int, mixed: tuple[Begun | None, Stack, Tensor], y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
+        """What is left for one site to do, once its group has been through `mix`."""
+        begun, stack, w_BTSE = mixed
         if begun is None:  # nobody is in the mixture
             return y_BTO
         out_NO = begun.add(s, y_BTO.reshape(-1, y_BTO.shape[-1]))
@@ -153,7 +141,7 @@ class Bank(nn.Module):
             out_NO = stack.extras(s, out_NO, y_BTO, w_BTE, bias_O)
         return out_NO.view(y_BTO.shape)
 
-    def _mix(self, x_BTD: Tensor) -> tuple[Begun | None, Stack, Tensor]:
+    def mix(self, x_BTD: Tensor) -> tuple[Begun | None, Stack, Tensor]:
         """The path at work on the group's input, begun by its first site for all of them; whose it is, and the weights."""
         if self._x is not x_BTD or self._begun is None or self._version != _version(x_BTD):
             self._x, self._version, self._left = x_BTD, _version(x_BTD), len(self.group.sites)
@@ -166,7 +154,7 @@ class Bank(nn.Module):
 
     def _begin(self, x_BTD: Tensor) -> tuple[Begun | None, Stack, Tensor]:
         w_BTSE = self._weights(x_BTD)
-        stack, number_E = self._kept() if self.shelf is None else self.shelf.serve(self, x_BTD, w_BTSE)
+        stack, number_E = self._kept(x_BTD.shape) if self.shelf is None else self.shelf.serve(self, x_BTD, w_BTSE)
         if stack is None:
             return None, self.stack, w_BTSE
         if number_E is not None:
@@ -180,17 +168,25 @@ class Bank(nn.Module):
             return PerSequence(stack, x_BTD, w_BTSE, k), stack, w_BTSE
         if path in ("gather", "sorted", "skip"):
             w_NSE = w_BTSE.expand(*x_BTD.shape[:-1], -1, -1).flatten(0, -3)
+            if path == "skip" and (x_BTD.requires_grad or w_BTSE.requires_grad):  # its kernels have no gradients
+                return Dense(stack, x_BTD, w_BTSE), stack, w_BTSE
             if path == "skip":
                 return Skip(stack, x_ND, w_NSE), stack, w_BTSE
             return (Gather if path == "gather" else Sorted)(stack, x_ND, w_NSE, k), stack, w_BTSE
         return Dense(stack, x_BTD, w_BTSE), stack, w_BTSE
 
-    def _kept(self) -> tuple[Stack | None, Tensor | None]:
+    def _kept(self, shape: Sequence[int]) -> tuple[Stack | None, Tensor | None]:
         """The stack that serves now, and its adapters' numbers where it is not all of them; nothing where nobody is wanted."""
         few = self.control.few
         if few is None or torch.compiler.is_compiling():
             return self.stack, None
-        return self._of(few.used) if few.used else (None, None)
+        if not few.used:
+            return None, None
+        # Where sequences look up their own rows they can do so among all, and spare a copy that the next batch would not ask for.
+        many = len(few.used) > 2 * few.k and not any(self.stack.extra) and self.control.path in (None, "sequence")
+        if many and self.choose(self.stack, shape, self._k(), True)[0] == "sequence":
+            return self.stack, None
+        return self._of(few.used)
 
     def _k(self) -> int | None:
         """How many adapters a token has at most; None where it may have all, or where components are chosen among."""
@@ -205,7 +201,7 @@ class Bank(nn.Module):
 
     def foresee(self, shape: Sequence[int]) -> tuple[Name, str, Stack]:
         """The path that an input of a shape [B, T, D] would take now, why, and the stack that it would run on."""
-        stack, _ = self._kept()
+        stack, _ = self._kept(shape)
         if stack is None:
             return "dense", "nobody is in the mixture: nothing runs", self.stack
         name, why = self.choose(stack, shape, self._k(), self.control.few is not None)
