@@ -128,9 +128,9 @@ class Bank(nn.Module):
 
     def add(self, s: int, x_BTD: Tensor, y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
         """The base's output `y_BTO` at site number `s` plus the mixture of updates for input `x_BTD`."""
-        return self.apply(s, self.mix(x_BTD), y_BTO, bias_O)
+        return self.finish(s, self.mix(x_BTD), y_BTO, bias_O)
 
-    def apply(self, s: int, mixed: tuple[Begun | None, Stack, Tensor], y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
+    def finish(self, s: int, mixed: tuple[Begun | None, Stack, Tensor], y_BTO: Tensor, bias_O: Tensor | None) -> Tensor:
         """What is left for one site to do, once its group has been through `mix`."""
         begun, stack, w_BTSE = mixed
         if begun is None:  # nobody is in the mixture

@@ -47,7 +47,7 @@ class Joint:
             x_NK = torch.cat([x_BTD.flatten(0, -2), begun.h_NR.narrow(1, start, stop - start)], 1)
             return nn.functional.linear(x_NK, self.joint_OK, linear.bias).view(*x_BTD.shape[:-1], -1)
         y_BTO = nn.functional.linear(x_BTD, linear.weight, linear.bias)
-        return bank.apply(s, mixed, y_BTO, linear.bias)
+        return bank.finish(s, mixed, y_BTO, linear.bias)
 
     def detach(self) -> None:
         """Gives the linear its own forward and a weight of its own again."""
