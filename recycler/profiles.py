@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +65,12 @@ class Profile:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.shots)
 
-    @property
+    @cached_property  # as what follows: asked for again and again, for every adapter
     def own(self) -> dict[str, tuple[str, ...]]:
         """Adapter → the tasks that are its own (see `own_tasks`); a task may be nobody's."""
         return own_tasks(self.adapters, self.tasks, self.nll.mean(-1), self.assigned)
 
-    @property
+    @cached_property
     def owner(self) -> dict[str, str]:
         """Task → the adapter to use when the task is known: the one assigned by hand, else the one with the lowest NLL,
         where that is below the base's; tasks that nobody helps are left out."""
@@ -261,17 +262,17 @@ def own_tasks(
     """
     taken = {task for given in assigned.values() for task in given}
     best = _best(adapters, tasks, nll_RT)
+    won: dict[str, list[int]] = {}
+    for t, task in enumerate(tasks):
+        if task in best and task not in taken:
+            won.setdefault(best[task], []).append(t)
     own: dict[str, tuple[str, ...]] = {}
     mean_T = nll_RT[1:].mean(0)
     for e, name in enumerate(adapters, 1):
         if name in assigned:
             own[name] = tuple(assigned[name])
             continue
-        removed = {
-            task: 1 - float(nll_RT[e, t] / nll_RT[0, t])
-            for t, task in enumerate(tasks)
-            if best.get(task) == name and task not in taken
-        }
+        removed = {tasks[t]: 1 - float(nll_RT[e, t] / nll_RT[0, t]) for t in won.get(name, ())}
         mine = [task for task, share in removed.items() if share >= max(removed.values()) - 1e-6]
         if not mine:
             lead = {
@@ -313,7 +314,6 @@ def measure(
     tasks = list(shots)
     k = len(shots[tasks[0]])
     jobs = [(e, shot) for task in tasks for shot in shots[task] for e in range(count)]
-    weights_NE = torch.eye(count)[torch.tensor([e for e, _ in jobs])][:, 1:]
     done = _Journal(journal, f"{model.names} {shots.sha256} {key}")
 
     def run(what: str, work: Callable[[list[int], Callable[..., None]], list[float]], block: int) -> Tensor:
@@ -326,13 +326,16 @@ def measure(
         scores = torch.tensor([done[what, i] for i in range(len(jobs))])
         return scores.view(len(tasks), k, count).permute(2, 0, 1).contiguous()
 
+    def mixtures(numbers: list[int]) -> Tensor:  # of one block: those of all jobs would be as large as the square of the zoo
+        return torch.eye(count)[[jobs[i][0] for i in numbers], 1:]
+
     def score(numbers: list[int], step: Callable[..., None]) -> list[float]:
-        return mean_nll(model, [jobs[i][1] for i in numbers], weights_NE[numbers], tokens=tokens, step=step)
+        return mean_nll(model, [jobs[i][1] for i in numbers], mixtures(numbers), tokens=tokens, step=step)
 
     def match(numbers: list[int], step: Callable[..., None]) -> list[float]:
         rows = [jobs[i][1] for i in numbers]
         limits = [len(completion_ids(model.source, row)) + 4 for row in rows]
-        texts = answer(model, rows, weights_NE[numbers], max_new_tokens=limits, step=step)
+        texts = answer(model, rows, mixtures(numbers), max_new_tokens=limits, step=step)
         return [float(exact_match(text, row.completion)) for text, row in zip(texts, rows, strict=True)]
 
     nll = run("nll", score, 256)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from recycler.base import Base
 from recycler.engine.attach import Attachment
-from recycler.engine.bank import Control, Few
+from recycler.engine.bank import Control
 from recycler.engine.merge import merged
 from recycler.engine.plan import ExecutionPlan, execution_plan
 from recycler.reading import Reading
 from recycler.routers.base import Router
-from recycler.routers.protocol import Weights
+from recycler.routers.protocol import Few, Rowwise, Weights
 from recycler.routers.sequence import Decision, SequenceRouter
 from recycler.routers.static import StaticRouter
 from recycler.zoo.errors import UsageError, choices
@@ -332,12 +332,15 @@ class RoutedModel(nn.Module):
         """Overrides the router in a ``with`` block.
 
         Args:
-            weights: name → weight (others are 0); or a tensor [E], [B, E] or [B, T, E].
+            weights: name → weight (others are 0); or a tensor [E], [B, E] or [B, T, E]; or a function, as routers are fitted with
+                (`recycler.routers.protocol`).
         """
         if isinstance(weights, Mapping):
             weights = self._weights_E(weights)
         few = None
-        if isinstance(weights, Tensor):
+        if isinstance(weights, Rowwise):
+            few, weights = weights.few, weights.weights
+        elif isinstance(weights, Tensor):
             few = Few.of(weights) if weights.dim() <= 2 else None
             weights = weights.to(self.source.device)
         with self.engine.control.set(forced=weights, few=few):

@@ -13,7 +13,7 @@ Shapes: x [B, T, D], c [E, D] per site.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from recycler.routers import columns
+from recycler.routers.chains import few
 from recycler.routers.linear import LinearRouter, Rows
-from recycler.routers.protocol import Batch, Group, Model, Profile, own_shots
+from recycler.routers.protocol import Batch, Function, Group, Model, Profile, Rowwise, own_shots
 from recycler.routers.select import Policy
 from recycler.zoo.errors import UsageError
 
@@ -117,15 +118,14 @@ def _centroids(model: Model, shots: Sequence[tuple[int, Any]], config: AverageAc
     for numbers in batches:
         batch = model.encode([[shots[i][1]] for i in numbers])
         adapter_B = torch.tensor([shots[i][0] for i in numbers])
-        model.observe(batch, _tap(batch, adapter_B, count, sums, config.pool))
+        look = _tap(batch, adapter_B, count, sums, config.pool)
+        model.observe(batch, Rowwise(look, few([[shots[i]] for i in numbers])))
         step()
     shots_E = torch.bincount(torch.tensor([e for e, _ in shots], dtype=torch.long), minlength=count).clamp(min=1)
     return {name: (sum_ED / shots_E[:, None]).float() for name, sum_ED in sums.items()}
 
 
-def _tap(
-    batch: Batch, adapter_B: Tensor, count: int, sums: Mapping[str, Tensor], pool: str
-) -> Callable[[Group, Tensor], Tensor]:
+def _tap(batch: Batch, adapter_B: Tensor, count: int, sums: Mapping[str, Tensor], pool: str) -> Function:
     """A mixture that gives each row its own adapter, and looks at the inputs on the way."""
     active_BE = torch.nn.functional.one_hot(adapter_B, count).float().to(batch.labels_BT.device)
 

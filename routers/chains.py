@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recycler.routers.protocol import Few
+
 # A row of a fit: chained (adapter number, shot) segments.
 Chain = list[tuple[int, Any]]
 
@@ -51,3 +53,9 @@ def labels(rows: Sequence[Chain], segment_BT: Tensor) -> Tensor:
     width = max(map(len, adapters))
     table = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in adapters], device=segment_BT.device)
     return table.gather(1, segment_BT.clamp(min=0))
+
+
+def few(rows: Sequence[Chain]) -> Few:
+    """Who is in a batch of rows, and how many of them share one."""
+    own = [{e for e, _ in chain} for chain in rows]
+    return Few(tuple(sorted(set().union(*own))), max(map(len, own)))

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recycler.routers.chains import Chain, labels
-from recycler.routers.protocol import Group, Model
+from recycler.routers.chains import Chain, few, labels
+from recycler.routers.protocol import Group, Model, Rowwise
 
 _SAMPLE = 1024  # tokens kept to find a temperature on
 _SURE = 0.5  # what the first choice should get in the mean
@@ -70,7 +70,7 @@ def starts(model: Model, rows: Sequence[Chain], tokens: int, *, normalise: bool)
             seen.setdefault(group.name, Means(count)).add(x_ND, label[mask], every[group.stream])
             return nn.functional.one_hot(label, count).float()[:, :, None]
 
-        model.observe(batch, look)
+        model.observe(batch, Rowwise(look, few(told)))
         step()
     return {name: means.start() for name, means in seen.items()}
 

@@ -14,7 +14,7 @@ backward serves them all. An adapter without shots of its own has no gate: its s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from recycler.routers import columns
-from recycler.routers.chains import Chain
+from recycler.routers.chains import Chain, few
 from recycler.routers.initial import Start, starts
 from recycler.routers.linear import LinearRouter, Rows
-from recycler.routers.protocol import Batch, Group, Model, Profile, own_shots
+from recycler.routers.protocol import Batch, Function, Group, Model, Profile, Rowwise, own_shots
 from recycler.routers.select import Policy
 from recycler.routers.training import descend, ends
 from recycler.zoo.errors import UsageError
@@ -152,14 +152,18 @@ class _Gates(nn.Module):
         super().__init__()
         self.number = {group.name: i for i, group in enumerate(groups)}
         self.v = nn.ParameterList(torch.zeros(len(group.sites), count, group.width) for group in groups)
-        self.one_hot_BE = torch.zeros(0, count)
+        self.count = count
 
-    def mixture(self, group: Group, x_BTD: Tensor) -> Tensor:
-        v_SED = self.v[self.number[group.name]]
-        one_hot_BE = self.one_hot_BE
-        v_BSD = torch.einsum("be,sed->bsd", one_hot_BE, v_SED)
-        gate_BTS = torch.sigmoid(torch.einsum("btd,bsd->bts", x_BTD.float(), v_BSD))
-        return gate_BTS[..., None] * one_hot_BE[:, None, None, :]
+    def mixture(self, own_B: Tensor) -> Function:
+        """Each row's own adapter at its gate."""
+        own_BE = nn.functional.one_hot(own_B, self.count).float()
+
+        def weights(group: Group, x_BTD: Tensor) -> Tensor:
+            v_SBD = self.v[self.number[group.name]].index_select(1, own_B)
+            gate_BTS = torch.sigmoid(torch.einsum("btd,sbd->bts", x_BTD.float(), v_SBD))
+            return gate_BTS[..., None] * own_BE[:, None, None, :]
+
+        return weights
 
     def of(self, group: Group) -> Tensor:
         """v [S, E, D], detached."""
@@ -175,10 +179,10 @@ class _Gates(nn.Module):
     def learn(self, model: Model, rows: Sequence[Chain], config: PhatgooseConfig, seed: int) -> list[float]:
         """Mean loss of each step."""
 
-        def mixture(batch: Batch, numbers: Sequence[int]) -> Callable[[Group, Tensor], Tensor]:
-            chosen_B = torch.tensor([rows[i][0][0] for i in numbers], device=batch.labels_BT.device)
-            self.to(chosen_B.device)
-            self.one_hot_BE = nn.functional.one_hot(chosen_B, self.one_hot_BE.shape[1]).float()
-            return self.mixture
+        def mixture(batch: Batch, numbers: Sequence[int]) -> Rowwise:
+            told = [rows[i] for i in numbers]
+            own_B = torch.tensor([chain[0][0] for chain in told], device=batch.labels_BT.device)
+            self.to(own_B.device)
+            return Rowwise(self.mixture(own_B), few(told))
 
         return descend(model, self.parameters(), rows, mixture, config, f"phatgoose {seed}")

@@ -59,7 +59,39 @@ class Batch:
     segment_BT: dict[Stream, Tensor]
 
 
-Weights = Union[Tensor, Callable[[Group, Tensor], Tensor]]  # noqa: UP007  (a runtime alias; 3.10 has no `type`)
+@dataclass(frozen=True)
+class Few:
+    """What a host knows of mixtures, one a sequence, before anything runs: who is in any of them, and at most how many in one."""
+
+    used: tuple[int, ...]
+    k: int
+
+    @classmethod
+    def of(cls, weights_BE: Tensor) -> Few:
+        """Reads weights. Those that are trained use all adapters."""
+        if weights_BE.requires_grad:
+            return cls(tuple(range(weights_BE.shape[-1])), weights_BE.shape[-1])
+        on_BE = weights_BE.detach().reshape(-1, weights_BE.shape[-1]) != 0
+        return cls(tuple(on_BE.any(0).nonzero()[:, 0].tolist()), int(on_BE.sum(-1).amax()))
+
+
+Function = Callable[[Group, Tensor], Tensor]  # (group, x [B, T, D]) → weights [B, T, S or 1, E]
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """Weights that are a function of what is seen on the way, of rows whose adapters are known beforehand: whoever is not theirs is
+    not multiplied with, so that a batch costs the same in a zoo of any size.
+
+    Attributes:
+        weights: 0 for every adapter that is not in `few.used`, and in all tokens of one row for all but `few.k`.
+    """
+
+    weights: Function
+    few: Few
+
+
+Weights = Union[Tensor, Function, Rowwise]  # noqa: UP007  (a runtime alias; 3.10 has no `type`)
 
 
 class Reader(Protocol):
@@ -138,7 +170,8 @@ class Model(Reader, Protocol):
     def nll(self, batch: Batch, weights: Weights) -> Tensor:
         """Negative log-likelihood per label [B, T] (0 where nothing is scored) with the given mixture.
 
-        `weights` is a tensor [E], [B, E] or [B, T, E], or a function of (group, x_BTD) that returns [B, T, S or 1, E].
+        `weights` is a tensor [E], [B, E] or [B, T, E], or a function of (group, x_BTD) that returns [B, T, S or 1, E]; `Rowwise`
+        where each row's adapters are known.
         """
         ...
 

@@ -54,10 +54,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from recycler.routers.chains import Chain, chains, labels
+from recycler.routers.chains import Chain, chains, few, labels
 from recycler.routers.columns import require_next, rest
 from recycler.routers.linear import LinearRouter, Rows
-from recycler.routers.protocol import Batch, Group, Model, Profile, Weights, own_shots
+from recycler.routers.protocol import Batch, Few, Group, Model, Profile, Rowwise, Weights, own_shots
 from recycler.routers.ridge_equations import Sums, left_out, solve, solve_without, total
 from recycler.routers.select import Policy
 from recycler.zoo.errors import UsageError
@@ -73,7 +73,7 @@ _TOKENS = 1600.0
 _RIDGE, _SHARPNESS = 100.0, 10.0
 _SHARPNESSES = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
 
-Encoded = tuple[Batch, dict[Any, Tensor]]  # a batch, and per stream the adapter of each token [B, T]
+Encoded = tuple[Batch, dict[Any, Tensor], Few]  # a batch, per stream the adapter of each token [B, T], and who is in its rows
 
 
 @dataclass(frozen=True)
@@ -366,14 +366,16 @@ def _encoded(model: Model, rows: Sequence[Chain], config: RidgeConfig) -> list[E
     encoded: list[Encoded] = []
     for numbers in model.batches(shots, config.tokens):
         batch, told = model.encode([shots[i] for i in numbers]), [rows[i] for i in numbers]
-        encoded.append((batch, {stream: labels(told, segment_BT) for stream, segment_BT in batch.segment_BT.items()}))
+        encoded.append(
+            (batch, {stream: labels(told, segment_BT) for stream, segment_BT in batch.segment_BT.items()}, few(told))
+        )
     return encoded
 
 
 def _balance(encoded: Sequence[Encoded], count: int) -> dict[Any, Tensor]:
     """Stream → the weight [E] of one token of each adapter. It depends on that adapter's tokens alone, so that sums add up."""
     tokens: dict[Any, Tensor] = {}
-    for batch, label_BT in encoded:
+    for batch, label_BT, _ in encoded:
         for stream, mask_BT in batch.mask_BT.items():
             found_E = torch.bincount(label_BT[stream][mask_BT], minlength=count)
             tokens[stream] = tokens[stream] + found_E if stream in tokens else found_E
@@ -392,7 +394,7 @@ def _tap(
     Args:
         gates: what decides; None gives each token its own adapter.
     """
-    batch, label_BT = encoded
+    batch, label_BT, known = encoded
     sharpness = config.sharpness or _SHARPNESS
     decided: dict[str, Tensor] = {}
 
@@ -410,7 +412,7 @@ def _tap(
         decided[group.name] = w_BTE[:, :, None]
         return decided[group.name]
 
-    return weights
+    return weights if gates is not None else Rowwise(weights, known)
 
 
 def _one_hot(label: Tensor, count: int) -> Tensor:
