@@ -75,6 +75,9 @@ class LinearRouter(Router):
             raise InputError(f"The gates at {wrong[0]} are not one row per adapter.", "", "Build the router again.")
 
 
+_EPSILON = 1e-5  # of layer_norm
+
+
 class LinearGate(Gate):
     """Scores of one group, [.., S or 1, E], from rows stacked over its sites."""
 
@@ -97,10 +100,22 @@ class LinearGate(Gate):
         if self.normalise:
             x_BTD = nn.functional.layer_norm(x_BTD, x_BTD.shape[-1:])
         # Few operations on purpose: at one token a step, each costs as much as a small GEMM.
-        if self.absolute:
-            scores_N = nn.functional.linear(x_BTD, self.v_ND).abs()
-            if self.offset_N is not None:
-                scores_N = scores_N + self.offset_N
-        else:
-            scores_N = nn.functional.linear(x_BTD, self.v_ND, self.offset_N)
-        return scores_N.view(*x_BTD.shape[:-1], *self.shape)
+        if self.absolute or self.offset_N is None:
+            return self._scores(nn.functional.linear(x_BTD, self.v_ND))
+        return nn.functional.linear(x_BTD, self.v_ND, self.offset_N).view(*x_BTD.shape[:-1], *self.shape)
+
+    def rows(self) -> Tensor:
+        """[N, D]: what x itself is multiplied with where `finish` comes after. LN(x)·v = x·(v − its mean)/σ(x)."""
+        return self.v_ND - self.v_ND.mean(-1, keepdim=True) if self.normalise else self.v_ND
+
+    def finish(self, product_BTN: Tensor, x_BTD: Tensor) -> Tensor:
+        """The scores, from x·rowsᵀ in fp32."""
+        if self.normalise:
+            product_BTN = product_BTN * (x_BTD.float().var(-1, unbiased=False, keepdim=True) + _EPSILON).rsqrt()
+        return self._scores(product_BTN)
+
+    def _scores(self, product_BTN: Tensor) -> Tensor:
+        scores_N = product_BTN.abs() if self.absolute else product_BTN
+        if self.offset_N is not None:
+            scores_N = scores_N + self.offset_N
+        return scores_N.unflatten(-1, self.shape)

@@ -80,7 +80,7 @@ def test_paths_are_compared_and_the_chooser_is_asked(scripts: Any, dtype: str, s
 
 def test_every_gpu_row_runs_on_fake_cuda(scripts: Any) -> None:
     gpu, peers = scripts["gpu"], scripts["peers"]
-    rowset = gpu.Rowset(gpu.Clock(dry=True, repeats=1), (64, 32, 96), peers.PICO, 128, peers_too=True)
+    rowset = gpu.Rowset(gpu.Clock(dry=True, repeats=1), (64, 32, 96), peers.PICO, 128, rivals=True, limit=16)
     rows = gpu.run(rowset, [f"G{number}" for number in range(1, 13)])
     verdicts = {row.name: row.verdict for row in rows}
     assert verdicts.pop("G11") == "pass"  # what would wait raises

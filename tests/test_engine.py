@@ -337,3 +337,30 @@ def test_accelerate_places_banks_where_their_linears_run(llama: Pico) -> None:
         logits = model(torch.tensor([[5, 6]])).logits
     with make(llama).only("math") as other:
         torch.testing.assert_close(logits, other(torch.tensor([[5, 6]])).logits)
+
+
+@pytest.mark.parametrize(
+    "normalise, absolute, missing", [(False, True, False), (True, False, True), (True, True, True), (False, False, True)]
+)
+def test_scores_out_of_the_shared_gemm_are_the_gates_own(normalise: bool, absolute: bool, missing: bool) -> None:
+    torch.manual_seed(0)
+    offset_E = torch.tensor([0.0, float("-inf"), 0.5, 0.0]) if missing else None
+    gate = LinearGate([Rows(torch.randn(4, 16) + 0.3, offset_E), Rows(torch.randn(4, 16), None)], normalise, absolute)
+    x_BTD = torch.randn(2, 3, 16) * 3 + 1
+    torch.testing.assert_close(gate.finish(x_BTD @ gate.rows().T, x_BTD), gate(x_BTD), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_and_gates_share_one_matrix_and_part_where_a_model_moves(llama: Pico) -> None:
+    model = make(llama, "arrow")
+    held = model.extra_bytes
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    for bank in model.engine.banks:
+        assert bank._fold is not None and bank.stack.a_RD.data_ptr() == bank._fold[0].data_ptr()
+    model.to(torch.bfloat16)
+    assert all(bank._fold is None for bank in model.engine.banks)
+    model.to(torch.float32)
+    assert all(bank._fold is not None for bank in model.engine.banks) and model.extra_bytes == held
+    assert (model(ids).logits - before).abs().max() < 0.1 * before.abs().max()
+    model.use(None)
+    assert all(bank._fold is None for bank in model.engine.banks)

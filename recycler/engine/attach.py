@@ -88,6 +88,7 @@ class Attachment(nn.Module):
             bank.fused = _fused(router, bank.most)
             follows = router is not None and gate is None and bank.group.after is not None
             bank.follow(by_name[str(bank.group.after)] if follows else None)
+            bank.fold()
         self.control.select = None if router is None else router.weights
         self.control.few = Few.of(router.weights_E) if isinstance(router, StaticRouter) else None
         self._pass_base(router)

@@ -22,6 +22,7 @@ from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Skip,
 from recycler.engine.sites import linear_shape
 from recycler.engine.stack import Stack, placement, slab
 from recycler.routers.base import Gate
+from recycler.routers.linear import LinearGate
 from recycler.routers.protocol import Few, Function, Group
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Bank(nn.Module):
         self._version, self._left = -1, 0
         self._begun: tuple[Begun | None, Stack, Tensor] | None = None
         self._some: tuple[tuple[int, ...], Stack, Tensor] | None = None
+        self._fold: tuple[Tensor, LinearGate, Stack, int, int] | None = None
+        self._choices: dict[tuple[Any, ...], tuple[Name, str]] = {}
         self._leader: list[Bank] = []  # a list, so that it is not taken for a child
         self._leads = False
         self._decision: Tensor | None = None  # [B, T, 1, E], small; the followers' until the next forward
@@ -152,7 +155,38 @@ class Bank(nn.Module):
             self._x = self._begun = None
         return begun
 
+    def fold(self) -> None:
+        """Puts the gate's rows under the adapters', where both are fp32: a token's scores come out of the GEMM that takes it down.
+        The adapters' rows become a view, so that they are kept once."""
+        self.unfold()
+        gate, a_RD = self.gate, self.stack.a_RD
+        if isinstance(gate, LinearGate) and a_RD.dtype == torch.float32 and gate.v_ND.device == a_RD.device and len(a_RD):
+            ag_MD = torch.cat([a_RD, gate.rows()])
+            self.stack.a_RD = ag_MD[: len(a_RD)]
+            self._fold = (ag_MD, gate, self.stack, len(a_RD), len(gate.v_ND))
+
+    def unfold(self) -> None:
+        """Ends that."""
+        if self._fold is not None:
+            self._fold = None
+            self.stack.a_RD = self.stack.a_RD.clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        self.unfold()
+        super()._apply(fn, recurse)
+        self.fold()
+        return self
+
     def _begin(self, x_BTD: Tensor) -> tuple[Begun | None, Stack, Tensor]:
+        fold, control = self._fold, self.control
+        if fold is not None and control.forced is None and control.few is None and self._goes_dense(x_BTD):
+            # Straight from what `fold` put together: attribute look-up through nn.Module is felt at one token a step.
+            ag_MD, gate, whole, rows, count = fold
+            z_BTM = nn.functional.linear(x_BTD, ag_MD)
+            w_BTSE = self._decided(gate.finish(z_BTM.narrow(-1, rows, count), x_BTD))
+            if control.record is not None:
+                self._take_down(w_BTSE, x_BTD)
+            return Dense(whole, x_BTD, w_BTSE, self.ranks, z_BTM.narrow(-1, 0, rows)), whole, w_BTSE
         w_BTSE = self._weights(x_BTD)
         stack, number_E = self._kept(x_BTD.shape) if self.shelf is None else self.shelf.serve(self, x_BTD, w_BTSE)
         if stack is None:
@@ -207,20 +241,31 @@ class Bank(nn.Module):
         name, why = self.choose(stack, shape, self._k(), self.control.few is not None)
         return (self.control.path, "asked for", stack) if self.control.path else (name, why, stack)
 
+    def _goes_dense(self, x_BTD: Tensor) -> bool:
+        path, k = self.control.path, self._k()
+        return k is None or (path or self.choose(self.stack, x_BTD.shape, k, False)[0]) == "dense"
+
     def choose(self, stack: Stack, shape: Sequence[int], k: int | None, sequencewise: bool) -> tuple[Name, str]:
-        """The path for an input of a shape, and why."""
+        """The path for an input of a shape, and why. Remembered: at one token a step, asking is felt."""
+        compiling = torch.compiler.is_compiling()
+        key = (tuple(shape), k, sequencewise, stack.count, stack.total)
+        if not compiling and key in self._choices:
+            return self._choices[key]
         tokens = 1
         for size in shape[:-1]:
             tokens *= size
         active = None if k is None else k * stack.ranks * len(stack.spans)
         a_RD = stack.a_RD
-        return choose(
+        choice = choose(
             Shape(
                 tokens, shape[0] if len(shape) == 3 else 1, a_RD.shape[0], active, stack.count, k,
                 (stack.widths[0], sum(stack.widths[1:])), a_RD.dtype, a_RD.device.type, sequencewise,
-                torch.compiler.is_compiling(),
+                compiling,
             )
         )  # fmt: skip
+        if not compiling:
+            self._choices[key] = choice
+        return choice
 
     def _of(self, used: tuple[int, ...]) -> tuple[Stack | None, Tensor | None]:
         """A stack of some of the adapters and their numbers; all of it where they are most of all. The last one is kept: the
@@ -237,7 +282,7 @@ class Bank(nn.Module):
 
     def _weights(self, x_BTD: Tensor) -> Tensor:
         """[B or 1, T or 1, S or 1, E]"""
-        control, forced = self.control, self.control.forced
+        forced = self.control.forced
         if forced is None:
             w_BTSE = self._routed(x_BTD)
         elif callable(forced):
@@ -245,11 +290,14 @@ class Bank(nn.Module):
         else:
             w_BTSE = forced.to(x_BTD.device)
             w_BTSE = w_BTSE.view(*w_BTSE.shape[:-1], *([1] * (3 - w_BTSE.dim())), 1, w_BTSE.shape[-1])
-        if control.record is not None:
+        self._take_down(w_BTSE, x_BTD)
+        return w_BTSE
+
+    def _take_down(self, w_BTSE: Tensor, x_BTD: Tensor) -> None:
+        if self.control.record is not None:
             lead = (*x_BTD.shape[:-1], len(self.group.sites), self.count)
             full = w_BTSE.detach().expand(lead)
-            control.record |= {site: full[..., s, :].float() for s, site in enumerate(self.group.sites)}
-        return w_BTSE
+            self.control.record |= {site: full[..., s, :].float() for s, site in enumerate(self.group.sites)}
 
     def _routed(self, x_BTD: Tensor) -> Tensor:
         """The router's weights [B or 1, T or 1, S or 1, E]; computed by the gate, or already by the leader's."""
@@ -259,7 +307,10 @@ class Bank(nn.Module):
             return w_BTSE
         if self.gate is None or self.control.select is None:
             raise RuntimeError("this model has no router; set a mixture with model.mixture(...)")
-        scores_BTSE = self.gate(x_BTD, self.control.plan)
+        return self._decided(self.gate(x_BTD, self.control.plan))
+
+    def _decided(self, scores_BTSE: Tensor) -> Tensor:
+        assert self.control.select is not None
         if self.fused is not None and scores_BTSE.is_cuda and not scores_BTSE.requires_grad:
             w_NSE, _ = kernels.gate(scores_BTSE.flatten(0, -3), *self.fused)
             w_BTSE = w_NSE.view(scores_BTSE.shape)

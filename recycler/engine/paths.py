@@ -39,12 +39,16 @@ class Dense:
     """
     Args:
         w_BTSE: weights [B or 1, T or 1, S or 1, E] beside x [B, T, D] or [N, D].
-        strongest: how many rank-one components act at each token and site; all where None.
+        ranks: how many rank-one components act at each token and site; all where None.
+        h_BTR: A x of all rows, where it is there already.
     """
 
-    def __init__(self, stack: Stack, x_BTD: Tensor, w_BTSE: Tensor, ranks: int | None = None) -> None:
+    def __init__(
+        self, stack: Stack, x_BTD: Tensor, w_BTSE: Tensor, ranks: int | None = None, h_BTR: Tensor | None = None
+    ) -> None:
         buffers = stack._buffers
-        h_BTR = torch.nn.functional.linear(x_BTD.to(stack.a_RD.dtype), stack.a_RD)
+        if h_BTR is None:
+            h_BTR = torch.nn.functional.linear(x_BTD.to(stack.a_RD.dtype), stack.a_RD)
         columns_R = buffers["expert_R"] if w_BTSE.shape[-2] == 1 else buffers["slot_R"]
         assert columns_R is not None
         scale_BTR = w_BTSE.flatten(-2).index_select(-1, columns_R).to(h_BTR.dtype)

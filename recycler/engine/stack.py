@@ -62,7 +62,7 @@ class Stack(nn.Module):
     Attributes:
         spans: per site, where its rows begin and end.
         places: per site, adapter → where its rows begin and end.
-        ranks: the longest slab's rows.
+        ranks: the longest slab's rows. total: all rows.
     """
 
     a_RD: Tensor
@@ -95,6 +95,7 @@ class Stack(nn.Module):
         self._keep("a_RD", torch.cat(rows) if rows else torch.zeros(0, widths[0], device=device, dtype=dtype))
         self._keep("expert_R", torch.tensor(expert, dtype=torch.long, device=device))
         self._keep("slot_R", torch.tensor(slot, dtype=torch.long, device=device))
+        self.total = len(expert)
         self.ranks = max((stop - start for places in self.places for start, stop in places.values()), default=0)
         self._tables: tuple[Tensor, Tensor] | None = None
         self._padded: dict[int, tuple[Tensor, Tensor]] = {}
