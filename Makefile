@@ -24,6 +24,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/decisions.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/engine.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -198,7 +198,7 @@ def shape(adapters: int, tokens: int, **given: Any) -> Shape:
     ("adapters", "tokens", "given", "path"),
     [
         (8, 1, {}, "dense"),
-        (8, 512, {}, "dense"),
+        (6, 512, {}, "dense"),
         (64, 1, {}, "gather"),
         (64, 512, {}, "sorted"),
         (64, 512, {"compiling": True}, "dense"),

@@ -52,7 +52,7 @@ def choose(shape: Shape) -> tuple[Name, str]:
     said = f"{shape.rows} rank rows are kept, {shape.active} are a token's"
     if shape.sequencewise:
         length = shape.tokens // max(shape.sequences, 1)
-        if length >= 16 and breadth > 2:
+        if length >= (16 if shape.dtype == torch.float32 else 32) and breadth > 2:
             return "sequence", f"{said}, and {length} tokens share them"
         if breadth <= 25 or shape.tokens > 16:
             return "dense", f"{said}: one GEMM"
@@ -63,13 +63,13 @@ def choose(shape: Shape) -> tuple[Name, str]:
 
 def _cpu(shape: Shape, breadth: float, said: str) -> tuple[Name, str]:
     tokens, half = shape.tokens, shape.dtype != torch.float32
-    if tokens <= (16 if half else 8):
-        if breadth > (12 + 2.3 * tokens if half else 25):
-            return "gather", f"{said}, and {tokens} tokens look theirs up"
-    elif half:
+    assert shape.k is not None
+    if tokens * shape.k <= (64 if half else 24) and breadth > (14 if half else 6) + 1.5 * tokens:
+        return "gather", f"{said}, and {tokens} tokens look theirs up"
+    if half:
         if tokens >= 512 and breadth > 28:
             return "sorted", f"{said}, and {tokens} tokens can be sorted"
-    elif breadth > 4 + 256 / tokens and not shape.compiling:  # grouped_mm cannot be traced in fp32
+    elif breadth > 3 + 100 / tokens and not shape.compiling:  # grouped_mm cannot be traced in fp32
         return "sorted", f"{said}, and {tokens} tokens can be sorted"
     return "dense", f"{said}: one GEMM"
 

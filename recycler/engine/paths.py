@@ -32,7 +32,7 @@ class Begun(Protocol):
     """A path at work on one input."""
 
     def add(self, s: int, y_NO: Tensor) -> Tensor:
-        """The base's output at a site plus the mixture of updates [N, O]."""
+        """The base's output at a site plus the mixture of updates [N, O]; where nothing else needs it (`Stack.in_place`), in it."""
 
 
 class Dense:
@@ -51,7 +51,9 @@ class Dense:
             h_BTR = torch.nn.functional.linear(x_BTD.to(stack.a_RD.dtype), stack.a_RD)
         columns_R = buffers["expert_R"] if w_BTSE.shape[-2] == 1 else buffers["slot_R"]
         assert columns_R is not None
-        scale_BTR = w_BTSE.flatten(-2).index_select(-1, columns_R).to(h_BTR.dtype)
+        w_BTM = w_BTSE.flatten(-2)
+        # gather, because index_select along the last axis copies number by number.
+        scale_BTR = w_BTM.gather(-1, columns_R.expand(*w_BTM.shape[:-1], -1)).to(h_BTR.dtype)
         if scale_BTR.dim() > h_BTR.dim():  # a model that flattens its tokens before the linear
             scale_BTR = scale_BTR.flatten(0, -2)
         self.h_NR = (h_BTR * scale_BTR).flatten(0, -2)
@@ -64,7 +66,7 @@ class Dense:
             h_NR = strongest(h_NR, self.ranks)
         b_RO = self.stack.b_RO(s)
         if b_RO.dtype == y_NO.dtype:
-            return torch.addmm(y_NO, h_NR, b_RO)
+            return y_NO.addmm_(h_NR, b_RO) if self.stack.in_place(s) else torch.addmm(y_NO, h_NR, b_RO)
         return y_NO + (h_NR @ b_RO).to(y_NO.dtype)  # a quantised linear may answer in another dtype than adapters are kept in
 
 
@@ -110,7 +112,8 @@ class Sorted:
         a_EDP, b_EPO = self.stack.padded(s)
         h_MP = torch.nn.functional.grouped_mm(self.x_ND[token_M], a_EDP, offs=ends_E)
         out_MO = torch.nn.functional.grouped_mm(h_MP * value_M[:, None].to(h_MP.dtype), b_EPO, offs=ends_E)
-        return y_NO.index_add(0, token_M, out_MO.to(y_NO.dtype))
+        out_MO = out_MO.to(y_NO.dtype)
+        return y_NO.index_add_(0, token_M, out_MO) if self.stack.in_place(s) else y_NO.index_add(0, token_M, out_MO)
 
 
 class Skip:
@@ -158,7 +161,8 @@ class PerSequence:
         h_BTR = self.h_BTSR[:, :, s]
         y_BTO = y_NO.view(*h_BTR.shape[:2], -1)
         if b_BRO.dtype == y_NO.dtype:
-            return torch.baddbmm(y_BTO, h_BTR, b_BRO).view(y_NO.shape)
+            out_BTO = y_BTO.baddbmm_(h_BTR, b_BRO) if self.stack.in_place(s) else torch.baddbmm(y_BTO, h_BTR, b_BRO)
+            return out_BTO.view(y_NO.shape)
         return (y_BTO + torch.bmm(h_BTR, b_BRO).to(y_NO.dtype)).view(y_NO.shape)
 
 

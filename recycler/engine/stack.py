@@ -118,6 +118,10 @@ class Stack(nn.Module):
         assert found is not None
         return found
 
+    def in_place(self, s: int) -> bool:
+        """Whether the base's output may be written over: nobody takes gradients, and no DoRA scales it afterwards."""
+        return not (self.extra[s] or torch.is_grad_enabled())
+
     def slabs(self) -> list[dict[int, Slab]]:
         """What it was made of, as views."""
         result = []
@@ -146,7 +150,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def tables(self) -> tuple[Tensor, Tensor]:
         """(rows [S, E, P], there [S, E, P]): which rows are whose; 0 and not there where a slab is shorter, or absent."""
-        if self._tables is None or self._tables[0].device != self.a_RD.device:
+        if self._tables is None or not _like(self._tables[1], self.a_RD):
             rows_SEP = torch.zeros(len(self.spans), self.count, self.ranks, dtype=torch.long)
             there_SEP = torch.zeros(rows_SEP.shape)
             for s, places in enumerate(self.places):
@@ -162,7 +166,7 @@ class Stack(nn.Module):
     def padded(self, s: int) -> tuple[Tensor, Tensor]:
         """(A [E, D, P], B [E, P, O]) of a site, slabs padded to the same multiple of 8. A copy, made when first asked for."""
         found = self._padded.get(s)
-        if found is None or found[0].device != self.a_RD.device:
+        if found is None or not _like(found[0], self.a_RD):
             size = -(-max((stop - start for start, stop in self.places[s].values()), default=1) // 8) * 8
             a_EPD = self.a_RD.new_zeros(self.count, size, self.a_RD.shape[1])
             b_EPO = self.a_RD.new_zeros(self.count, size, self.b_RO(s).shape[1])
@@ -204,6 +208,10 @@ class Stack(nn.Module):
             plain_BTO = y_BTO if bias_O is None else y_BTO - bias_O
             out_NO = out_NO + (scale_BTO * plain_BTO).reshape(out_NO.shape)
         return out_NO
+
+
+def _like(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.dtype == other.dtype
 
 
 def placement(linear: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -1,0 +1,190 @@
+"""Room: a model whose adapters can be exchanged for others without being compiled again.
+
+Whatever a compiled graph looks at stays as it is: sizes, addresses, what is there and what is not. A stack with room has columns and rank
+rows that are nobody's: the rows are zeros, and belong to the null column, the last one, whose weight is always 0. Gates whose shape
+can be kept have a row for every column, which scores −∞ until there is an adapter. Where adapters go, others come into their place.
+
+A gate of another kind, or a router with other options, is put in as `Attachment.use` does: right, and compiled again.
+
+Dimensions in names: B batch, T token, D input width, O output width, E adapter, C column (adapters, room, null), S site of the group,
+N rows of a gate (sites × columns).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recycler.routers.base import Gate, Router
+from recycler.routers.linear import LinearGate, Rows
+from recycler.routers.protocol import Group
+from recycler.routers.static import StaticRouter
+from recycler.zoo.errors import UsageError, shorten
+
+if TYPE_CHECKING:
+    from recycler.engine.bank import Bank
+    from recycler.engine.stack import Slab
+
+_MULTIPLE = 16  # rank rows of a site: 16-byte strides in every dtype, and the tile of the skipping kernels
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a stack can hold.
+
+    Attributes:
+        columns: of the weights; the last is null.
+        rows: per site, rank rows. scales, biases: per site, adapters with a DoRA scale, or with a bias.
+    """
+
+    columns: int
+    rows: tuple[int, ...]
+    scales: tuple[int, ...]
+    biases: tuple[int, ...]
+
+    @classmethod
+    def of(cls, slabs: Sequence[Mapping[int, Slab]], count: int, spare: int, rank: int) -> Room:
+        """What `count` adapters need now, and `spare` more of a rank. Scales and biases only where there are some."""
+
+        def some(kind: str) -> tuple[int, ...]:
+            found = [sum(getattr(one, kind) is not None for one in held.values()) for held in slabs]
+            return tuple(number + spare if number else 0 for number in found)
+
+        rows = [sum(len(one.a_RD) for one in held.values()) + spare * rank for held in slabs]
+        return cls(
+            count + spare + 1,
+            tuple(-(-number // _MULTIPLE) * _MULTIPLE for number in rows),
+            some("scale_O"),
+            some("bias_O"),
+        )
+
+    def check(
+        self, slabs: Sequence[Mapping[int, Slab]], names: Sequence[str], sites: Sequence[str], widths: Sequence[int]
+    ) -> None:
+        """Raises UsageError unless the slabs have room.
+
+        Args:
+            widths: of the input, and of each site's output.
+        """
+        for s, (site, held) in enumerate(zip(sites, slabs, strict=True)):
+            wrong = [names[e] for e, one in held.items() if (one.a_RD.shape[1], one.b_RO.shape[1]) != (widths[0], widths[1 + s])]
+            if wrong:
+                raise UsageError(
+                    f"{shorten(wrong)} does not fit {site}.",
+                    f"It maps {widths[0]} to {widths[1 + s]} features.",
+                    "Give adapters for this base.",
+                )
+            for what, more, number, most in (
+                ("rank rows", "", sum(len(one.a_RD) for one in held.values()), self.rows[s]),
+                ("DoRA magnitudes", " and such an adapter in it", _having(held, "scale_O"), self.scales[s]),
+                ("biases", " and such an adapter in it", _having(held, "bias_O"), self.biases[s]),
+            ):
+                if number > most:
+                    raise UsageError(
+                        f"{site} has room for {most} {what}, and these adapters have {number}.",
+                        "What a compiled model holds cannot grow.",
+                        f"Compose the model again, with more spare{more}.",
+                    )
+
+    def pad(self, w_BTSE: Tensor) -> Tensor:
+        """Weights of some adapters [..., E or C] → of all columns [..., C]."""
+        return widen(w_BTSE, self.columns)
+
+
+def _having(held: Mapping[int, Slab], kind: str) -> int:
+    return sum(getattr(one, kind) is not None for one in held.values())
+
+
+def widen(w_E: Tensor, columns: int) -> Tensor:
+    """Weights [..., E] with zeros up to [..., C]."""
+    missing = columns - w_E.shape[-1]
+    return nn.functional.pad(w_E, (0, missing)) if missing else w_E
+
+
+def remaining(groups: Sequence[Group], touched: Collection[str]) -> list[Group | None]:
+    """Groups as they would be if only the sites that adapters touch had been traced: what a router that was built for these adapters
+    knows. None where there is none left. Their depths stay: the layers are where they were."""
+    names: dict[str, str | None] = {}
+    result: list[Group | None] = []
+    for group in groups:
+        sites = tuple(site for site in group.sites if site in touched)
+        after = None if group.after is None else names[group.after]
+        names[group.name] = sites[0] if sites else after
+        result.append(replace(group, sites=sites, after=after) if sites else None)
+    return result
+
+
+def gate_of(router: Router, group: Group | None, bank: Bank, room: Room) -> Gate | None:
+    """The router's gate of what remains of a bank's group, in the shape that the bank's gate has, where that can be."""
+    if group is None and router.granularity == "token":  # nobody is left to score
+        return _placed(None, (), bank, room)
+    if isinstance(router, StaticRouter):
+        router = copy.copy(router)
+        router.weights_E = widen(router.weights_E, room.columns)
+    gate = router.gate(group or bank.group)
+    # The average of all adapters (`policies.shared`) divides by how many there are.
+    if group is not None and isinstance(gate, LinearGate) and not getattr(router.config, "shared", False):
+        return _placed(gate, [bank.group.sites.index(site) for site in group.sites], bank, room)
+    return gate
+
+
+def _placed(gate: LinearGate | None, at: Sequence[int], bank: Bank, room: Room) -> LinearGate:
+    """A gate's rows among those of all columns, and of the group's sites where it has one for each; the others score −∞.
+
+    Args:
+        at: the numbers of the gate's sites in the group.
+    """
+    old, sites = bank.gate, len(bank.group.sites)
+    like = old if gate is None and isinstance(old, LinearGate) else gate
+    each = gate is not None and gate.shape[0] > 1 or isinstance(old, LinearGate) and old.shape[0] == sites
+    v_SCD = torch.zeros(sites if each else 1, room.columns, bank.group.width)
+    offset_SC = torch.full(v_SCD.shape[:2], float("-inf"))
+    if gate is not None:
+        where, count = list(at) if each else [0], gate.shape[1]
+        v_SCD[where, :count] = gate.v_ND.unflatten(0, gate.shape)
+        offset_SC[where, :count] = 0.0 if gate.offset_N is None else gate.offset_N.unflatten(0, gate.shape)
+    rows = [Rows(v_CD, offset_C) for v_CD, offset_C in zip(v_SCD, offset_SC, strict=True)]
+    return LinearGate(rows, like is not None and like.normalise, like is not None and like.absolute)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def taken(old: Gate | None, new: Gate | None) -> Gate | None:
+    """The old gate with the new one's tensors written into its own, where they differ in nothing else; else the new one."""
+    if old is None or new is None or type(old) is not type(new) or not _alike(old, new):
+        return new
+    for name, buffer in old.named_buffers():
+        buffer.copy_(new.get_buffer(name))
+    return old
+
+
+_MODULE = frozenset(vars(nn.Module()))
+
+
+def _alike(one: Gate, other: Gate) -> bool:
+    """Whether two gates of a class differ in the numbers in their buffers alone. No where that cannot be told."""
+    (a, a_shapes), (b, b_shapes) = (
+        (
+            {name: value for name, value in vars(gate).items() if name not in _MODULE},
+            {name: (buffer.shape, buffer.dtype, buffer.device) for name, buffer in gate.named_buffers()},
+        )
+        for gate in (one, other)
+    )
+    plain = all(isinstance(value, (bool, int, float, str, tuple)) for value in (*a.values(), *b.values()))
+    whole = not (one._modules or one._parameters or other._modules or other._parameters)
+    return plain and whole and a == b and a_shapes == b_shapes
+
+
+def selector(old: Callable[..., Tensor] | None, router: Router) -> Callable[[Tensor, Group], Tensor]:
+    """A router's scores → weights, without its gates; the old one where it does the same."""
+    held = getattr(old, "__self__", None)
+    if old is not None and type(held) is type(router) and (held.config, held.thresholds) == (router.config, router.thresholds):
+        return old
+    bare = type(router)(router.adapters, router.config)
+    bare.thresholds = dict(router.thresholds)
+    return bare.weights
