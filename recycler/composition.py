@@ -56,6 +56,7 @@ def compose(
     resident: int | str | None = None,
     adapter_dtype: AdapterDtype | None = None,
     packed: str | Path | None = None,
+    spare: int | None = None,
     **loading: Any,
 ) -> RoutedModel:
     """Puts base, adapters and router together.
@@ -68,7 +69,7 @@ def compose(
         max_rank: cut adapters of a higher rank to this one, site by site; ``model.truncated`` says what that lost.
         license_allow: the licences that adapters may state; any where None. strict: what states none, is not recognised or is in
             conflict with another may not go in either.
-        resident, adapter_dtype, packed: as `load` takes them.
+        resident, adapter_dtype, packed, spare: as `load` takes them.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
@@ -124,7 +125,7 @@ def compose(
     if max_rank is not None and any(max(a.ranks) > max_rank for a in adapters):
         scratch = scratch or Path(tempfile.mkdtemp(prefix="recycler-"))
         adapters, folders, truncated = _truncated(adapters, folders, max_rank, base, scratch)
-    model = RoutedModel(base, adapters, router, shelf=None if shelving is None else shelving.shelf())
+    model = RoutedModel(base, adapters, router, shelf=None if shelving is None else shelving.shelf(), spare=spare)
     model.folders, model.truncated = folders, truncated
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, True)
@@ -280,6 +281,7 @@ def load(
     resident: int | str | None = None,
     adapter_dtype: AdapterDtype | None = None,
     packed: str | Path | None = None,
+    spare: int | None = None,
     **loading: Any,
 ) -> RoutedModel:
     """Loads a composed model from its folder, or from the Hub.
@@ -291,6 +293,7 @@ def load(
             used. All are in memory where None. ``print(model.engine.shelf)`` says how that goes.
         adapter_dtype: "int8" keeps paged adapters in it until they are used, about 1 % from what they were; the base's dtype where
             None. packed: where they are packed (`recycler.shelving`).
+        spare: keep room for so many adapters more (`RoutedModel.exchange`); none where None.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
@@ -323,7 +326,7 @@ def load(
         adapters.append(replace(adapter, sites=sites, **came))
     if tuple(a.name for a in adapters) != router.adapters:
         raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
-    model = RoutedModel(loaded, adapters, router, shelf=None if shelving is None else shelving.shelf())
+    model = RoutedModel(loaded, adapters, router, shelf=None if shelving is None else shelving.shelf(), spare=spare)
     model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
     model.truncated = manifest["truncated"]
     _compare(model, manifest["base"])

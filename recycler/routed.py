@@ -38,6 +38,13 @@ def _named(args: Sequence[Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return inputs if ids is None else {"input_ids": ids, **inputs}
 
 
+def _require(router: Router, names: tuple[str, ...]) -> None:
+    if router.adapters != names:
+        raise UsageError(
+            f"The router is for {', '.join(router.adapters)}.", f"The model's are {', '.join(names)}, in this order.", ""
+        )
+
+
 @contextmanager
 def _checkpoints(base: Any, control: Control) -> Iterator[None]:
     """Where the base checkpoints its activations, backward runs layers again, when the ``with`` blocks around their forward have
@@ -110,6 +117,7 @@ class RoutedModel(nn.Module):
         router: None leaves every forward to an explicit mixture (`mixture`, `only`, `disabled`).
         shelf: holds the adapters' factors where they are paged in from disk (`recycler.load` with `resident`); `adapters` then need
             none, and are in the order of the shelf.
+        spare: keeps room for so many adapters more, each as large as the largest now (`exchange`); none where None.
 
     Attributes:
         adapters: the Adapter records; without their factors once there is a router.
@@ -117,7 +125,13 @@ class RoutedModel(nn.Module):
     """
 
     def __init__(
-        self, base: Base, adapters: Sequence[Adapter], router: Router | None = None, *, shelf: Shelf | None = None
+        self,
+        base: Base,
+        adapters: Sequence[Adapter],
+        router: Router | None = None,
+        *,
+        shelf: Shelf | None = None,
+        spare: int | None = None,
     ) -> None:
         super().__init__()
         self.source, self.adapters, self.router = base, tuple(adapters), router
@@ -130,7 +144,7 @@ class RoutedModel(nn.Module):
         for adapter in self.adapters if shelf is None else ():
             for site, update in adapter.sites.items():
                 factors.setdefault(site, {})[adapter.name] = update
-        self.engine = Attachment(base.model, factors, self.names, router, shelf=shelf)
+        self.engine = Attachment(base.model, factors, self.names, router, shelf=shelf, spare=spare)
         # Only fitting reads factors again; a finished model does not keep a second copy, in fp32, of what the engine holds.
         self.factors = factors if router is None and shelf is None else {}
         if router is not None:
@@ -147,7 +161,7 @@ class RoutedModel(nn.Module):
     @property
     def sites(self) -> tuple[str, ...]:
         """Module paths that at least one adapter touches."""
-        return tuple(site for group in self.engine.groups for site in group.sites)
+        return tuple(bank.group.sites[s] for bank in self.engine.banks for s in bank.touched)
 
     @property
     def extra_bytes(self) -> int:
@@ -170,14 +184,52 @@ class RoutedModel(nn.Module):
         Raises:
             UsageError: it was built for other adapters, or for another order of them.
         """
-        if router is not None and router.adapters != self.names:
-            raise UsageError(
-                f"The router is for {', '.join(router.adapters)}.",
-                f"The model holds {', '.join(self.names)}, in this order.",
-                "",
-            )
-        self.router = router
+        if router is not None:
+            _require(router, self.names)
         self.engine.use(router)
+        self.router = router
+
+    def exchange(self, adapters: Sequence[Adapter], router: Router, folders: Mapping[str, Path] | None = None) -> None:
+        """Takes in other adapters, and the router that was built for them, in place: what was compiled stays compiled. The model
+        must have been made with `spare`.
+
+        ::
+
+            router = recycler.add_adapter(model.router, "poem", zoo=zoo)
+            poem = recycler.build.read_adapters(zoo, ["poem"], model.source)
+            model.exchange([*model.adapters, *poem], router, {"poem": zoo.folder("poem")})
+
+        A graph stays as it is where a router's scores are linear in the input (arrow, phatgoose, ridge), or it decides once a sequence,
+        or for everything, and its options stay as they are. Others are traced again. It is the dense path that is compiled.
+
+        Args:
+            adapters: in the router's order. Those that the model holds may come without their factors, as they are in
+                `self.adapters`.
+            folders: where new ones' files lie; `save_pretrained` copies them.
+
+        Raises:
+            UsageError: the model has no room, or too little; new adapters touch other linears than those before, or have a DoRA
+                magnitude or a bias where none had; the router is for others. The model is as it was then.
+        """
+        names = tuple(adapter.name for adapter in adapters)
+        if not self.engine.has_room:
+            raise UsageError(
+                "This model has no room for other adapters.",
+                "Its tensors are as large as what they hold.",
+                "Make it with spare=N.",
+            )
+        _require(router, names)
+        held = {adapter.name: adapter for adapter in self.adapters}
+        changed = [a.name for a in adapters if not a.sites and a.name in held and a.sha256 != held[a.name].sha256]
+        if changed:
+            raise UsageError(f"{', '.join(changed)} changed, and came without factors.", "", "Read them again.")
+        self.engine.exchange(adapters, self.names, router)
+        self.router, self.factors = router, {}
+        self.adapters = tuple(replace(adapter, sites={}) for adapter in adapters)
+        folders = {**self.folders, **(folders or {})}
+        self.folders = {name: folders[name] for name in names if name in folders}
+        kept = [a.name for a in adapters if a.name in held and a.sha256 == held[a.name].sha256]
+        self.truncated = {name: facts for name, facts in self.truncated.items() if name in kept}
 
     # -- running
 
@@ -221,7 +273,10 @@ class RoutedModel(nn.Module):
         few = Few.of(plan.weights_BE) if isinstance(plan, Decision) else control.few
         if self.engine.shelf is not None and few is not None:
             self.engine.shelf.promote(few.used)
-        with control.set(plan=plan, few=few):
+        wide = plan
+        if isinstance(plan, Decision) and self.engine.has_room:
+            wide = replace(plan, weights_BE=self.engine.widen(plan.weights_BE))
+        with control.set(plan=wide, few=few):
             yield plan
 
     @property
@@ -342,7 +397,7 @@ class RoutedModel(nn.Module):
             few, weights = weights.few, weights.weights
         elif isinstance(weights, Tensor):
             few = Few.of(weights) if weights.dim() <= 2 else None
-            weights = weights.to(self.source.device)
+            weights = self.engine.widen(weights.to(self.source.device))
         with self.engine.control.set(forced=weights, few=few):
             yield self
 

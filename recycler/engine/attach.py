@@ -11,10 +11,11 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from recycler.companion import Companion
+from recycler.engine import room
 from recycler.engine.bank import Bank, Control, Few
 from recycler.engine.concat import Joint, can_join
 from recycler.engine.sites import is_encoder_decoder, trace_groups
-from recycler.routers.base import Router
+from recycler.routers.base import Gate, Router
 from recycler.routers.select import Policy
 from recycler.routers.static import StaticRouter
 from recycler.zoo.errors import UsageError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from recycler.engine.tiers import Shelf
     from recycler.routers.protocol import Group
-    from recycler.zoo.adapter import Factors
+    from recycler.zoo.adapter import Adapter, Factors
 
 
 class Attachment(nn.Module):
@@ -36,9 +37,10 @@ class Attachment(nn.Module):
         adapters: all adapter names, in the order of weights.
         router: gives each group its gate; None leaves mixtures to `control.forced`. `use` exchanges it.
         shelf: the adapters packed on disk, paged in as they are used; `factors` then say only which sites there are.
+        spare: how many adapters more there is to be room for (`recycler.engine.room`), each as large as the largest is anywhere.
 
     Raises:
-        UsageError: the router chooses among components, and there is a shelf.
+        UsageError: the router chooses among components, and there is a shelf; or `spare` is negative, or beside a shelf.
     """
 
     def __init__(
@@ -49,9 +51,17 @@ class Attachment(nn.Module):
         router: Router | None = None,
         groups: tuple[Group, ...] | None = None,
         shelf: Shelf | None = None,
+        spare: int | None = None,
     ) -> None:
         super().__init__()
-        self.shelf = shelf
+        self.shelf, self.has_room = shelf, spare is not None
+        if spare is not None and (spare < 0 or shelf is not None):
+            raise UsageError(
+                f"spare={spare}.",
+                "It is a number of adapters." if shelf is None else "Adapters that are paged need no room beside them.",
+                "Use 0 or more." if shelf is None else "Leave spare out, or resident.",
+            )
+        rank = max((update.rank for held in factors.values() for update in held.values()), default=0)
         self.groups = trace_groups(base, factors) if groups is None else groups
         self.control = Control()
         linears = {site: base.get_submodule(site) for site in factors}
@@ -61,7 +71,8 @@ class Attachment(nn.Module):
         self.companion: Companion | None = None
         self.joints: dict[str, Joint] = {}
         for group in self.groups:
-            bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control, shelf)
+            more = None if spare is None else (spare, rank)
+            bank = Bank(group, {s: factors[s] for s in group.sites}, adapters, linears, self.control, shelf, more)
             self.banks.append(bank)
             for s, site in enumerate(group.sites):
                 self._handles.append(linears[site].register_forward_hook(_hook(bank, s, site, self.joints)))
@@ -72,7 +83,30 @@ class Attachment(nn.Module):
 
     def use(self, router: Router | None) -> None:
         """Gives every bank its gate, or the bank whose decision it reuses; None takes them away."""
-        by_name = {bank.group.name: bank for bank in self.banks}
+        groups = room.remaining(self.groups, {bank.group.sites[s] for bank in self.banks for s in bank.touched})
+        self._put(router, groups, self._gates(router, groups))
+
+    def exchange(self, adapters: Sequence[Adapter], before: Sequence[str], router: Router) -> None:
+        """Other adapters and their router, in place; the model is as it was if it raises.
+
+        Args:
+            adapters: without factors where they are to stay as they are.
+            before: the names of those that are in it.
+
+        Raises:
+            UsageError: there is no room.
+        """
+        filled = room.filled(self.banks, self._base[0], adapters, before)
+        groups = room.remaining(self.groups, {site for held in filled for site, some in held.items() if some})
+        gates = self._gates(router, groups)
+        for bank, held in zip(self.banks, filled, strict=True):
+            bank.refill([*held.values()], len(adapters))
+        self._put(router, groups, gates)
+        for joint in self.joints.values():
+            joint.renew()
+
+    def _gates(self, router: Router | None, groups: Sequence[Group | None]) -> list[Gate | None]:
+        """Each bank's, made beforehand: one that cannot be leaves the others as they are."""
         ranks = None if router is None else getattr(router.config, "ranks", None)
         if ranks is not None and self.shelf is not None:
             raise UsageError(
@@ -80,18 +114,32 @@ class Attachment(nn.Module):
                 "Their factors would have to be made singular vectors at every miss.",
                 "Load it without resident.",
             )
-        for bank in self.banks:
+        if router is None:
+            return [None] * len(self.banks)
+        gates = [room.gate_of(router, group, bank) for bank, group in zip(self.banks, groups, strict=True)]
+        return [None if gate is None else gate.to(bank.stack.a_RD.device) for bank, gate in zip(self.banks, gates, strict=True)]
+
+    def _put(self, router: Router | None, groups: Sequence[Group | None], gates: Sequence[Gate | None]) -> None:
+        by_name = {group.name: bank for bank, group in zip(self.banks, groups, strict=True) if group is not None}
+        ranks = None if router is None else getattr(router.config, "ranks", None)
+        for bank, group, gate in zip(self.banks, groups, gates, strict=True):
             bank.limit(ranks)
-            gate = None if router is None else router.gate(bank.group)
-            bank.gate = None if gate is None else gate.to(bank.stack.a_RD.device)
+            bank.gate = gate if bank.room is None else room.taken(bank.gate, gate)
             bank.most = None if router is None else router.most(bank.group)
             bank.fused = _fused(router, bank.most)
-            follows = router is not None and gate is None and bank.group.after is not None
-            bank.follow(by_name[str(bank.group.after)] if follows else None)
+            after = None if router is None or gate is not None or group is None else group.after
+            bank.follow(None if after is None else by_name[after])
             bank.fold()
-        self.control.select = None if router is None else router.weights
+        if router is None or not self.has_room:
+            self.control.select = None if router is None else router.weights
+        else:
+            self.control.select = room.selector(self.control.select, router)
         self.control.few = Few.of(router.weights_E) if isinstance(router, StaticRouter) else None
         self._pass_base(router)
+
+    def widen(self, w_E: Tensor) -> Tensor:
+        """Weights [..., E], with zeros for the columns of adapters that there is room for."""
+        return w_E if not self.has_room or not self.banks else self.banks[0].room.pad(w_E)
 
     def _pass_base(self, router: Router | None) -> None:
         if self.companion is not None:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from recycler.engine import kernels
 from recycler.engine.chooser import Shape, choose
 from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Skip, Sorted
+from recycler.engine.room import Room
 from recycler.engine.sites import linear_shape
-from recycler.engine.stack import Stack, placement, slab
+from recycler.engine.stack import Slabs, Stack, placement, slab
 from recycler.routers.base import Gate
 from recycler.routers.linear import LinearGate
 from recycler.routers.protocol import Few, Function, Group
@@ -67,8 +68,11 @@ class Bank(nn.Module):
         linears: the base's linear per site; read for device, dtype and DoRA's norms, never changed.
         control: shared by all banks of the model.
         shelf: what lies on disk and is paged in; `factors` are empty then.
+        spare: (adapters, of which rank) to keep room for.
 
     Attributes:
+        room: what there is; None where nothing is spare.
+        count: how many adapters there are.
         stack: what is kept; nothing where there is a shelf.
         gate: the router's gate, or None while there is no router (then `control.forced` must be set).
         most: how many adapters the router gives a token at most here; None is all.
@@ -84,6 +88,7 @@ class Bank(nn.Module):
         linears: Mapping[str, nn.Module],
         control: Control,
         shelf: Shelf | None = None,
+        spare: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.group, self.control, self.count = group, control, len(adapters)
@@ -106,7 +111,23 @@ class Bank(nn.Module):
         index = {name: e for e, name in enumerate(adapters)}
         slabs = [{index[name]: slab(update, linears[s]) for name, update in factors[s].items()} for s in group.sites]
         widths = [group.width, *((linear_shape(linears[s]) or (0,))[0] for s in group.sites)]
-        self.stack = Stack(slabs, self.count, placement(linears[group.sites[0]]), widths)
+        self.room = None if spare is None else Room.of(slabs, self.count, *spare)
+        columns = self.count if self.room is None else self.room.columns
+        self.stack = Stack(slabs, columns, placement(linears[group.sites[0]]), widths, self.room)
+
+    @property
+    def touched(self) -> Sequence[int]:
+        """The numbers of the sites where there are adapters."""
+        sites = range(len(self.group.sites))
+        return sites if self.room is None else [s for s in sites if self.stack.places[s]]
+
+    def refill(self, slabs: Slabs, count: int) -> None:
+        """Takes in other adapters for which there is room, in place."""
+        stack = self.stack
+        stack.become(Stack(slabs, stack.count, (stack.a_RD.device, stack.a_RD.dtype), stack.widths, self.room))
+        self.count, self._some = count, None
+        if self.is_spectral:
+            stack.spectral()
 
     def follow(self, leader: Bank | None) -> None:
         """Reuses another bank's decisions instead of a gate's; None ends that. A bank that leads must not follow."""
@@ -158,8 +179,12 @@ class Bank(nn.Module):
     def fold(self) -> None:
         """Puts the gate's rows under the adapters', where both are fp32: a token's scores come out of the GEMM that takes it down.
         The adapters' rows become a view, so that they are kept once."""
+        gate, before = self.gate, self._fold
+        if before is not None and gate is before[1]:  # other numbers in the same gate
+            before[0][before[3] :] = before[1].rows()
+            return
         self.unfold()
-        gate, a_RD = self.gate, self.stack.a_RD
+        a_RD = self.stack.a_RD
         if isinstance(gate, LinearGate) and a_RD.dtype == torch.float32 and gate.v_ND.device == a_RD.device and len(a_RD):
             ag_MD = torch.cat([a_RD, gate.rows()])
             self.stack.a_RD = ag_MD[: len(a_RD)]
@@ -224,8 +249,8 @@ class Bank(nn.Module):
 
     def _k(self) -> int | None:
         """How many adapters a token has at most; None where it may have all, or where components are chosen among."""
-        if self._ranks() is not None:
-            return None
+        if self._ranks() is not None or (self.room is not None and torch.compiler.is_compiling()):
+            return None  # what is compiled with room is the dense path, whoever is in the mixture
         if self.control.few is not None:
             return self.control.few.k
         return self.most if self.control.forced is None else None
@@ -290,14 +315,16 @@ class Bank(nn.Module):
         else:
             w_BTSE = forced.to(x_BTD.device)
             w_BTSE = w_BTSE.view(*w_BTSE.shape[:-1], *([1] * (3 - w_BTSE.dim())), 1, w_BTSE.shape[-1])
+        if self.room is not None:
+            w_BTSE = self.room.pad(w_BTSE)
         self._take_down(w_BTSE, x_BTD)
         return w_BTSE
 
     def _take_down(self, w_BTSE: Tensor, x_BTD: Tensor) -> None:
         if self.control.record is not None:
-            lead = (*x_BTD.shape[:-1], len(self.group.sites), self.count)
-            full = w_BTSE.detach().expand(lead)
-            self.control.record |= {site: full[..., s, :].float() for s, site in enumerate(self.group.sites)}
+            lead = (*x_BTD.shape[:-1], len(self.group.sites), w_BTSE.shape[-1])
+            full = w_BTSE.detach().expand(lead)[..., : self.count]
+            self.control.record |= {self.group.sites[s]: full[..., s, :].float() for s in self.touched}
 
     def _routed(self, x_BTD: Tensor) -> Tensor:
         """The router's weights [B or 1, T or 1, S or 1, E]; computed by the gate, or already by the leader's."""
@@ -316,6 +343,8 @@ class Bank(nn.Module):
             w_BTSE = w_NSE.view(scores_BTSE.shape)
         else:
             w_BTSE = self.control.select(scores_BTSE, self.group)
+        if self.room is not None:
+            w_BTSE = self.room.pad(w_BTSE)
         if self._leads:
             self._decision = w_BTSE
         return w_BTSE

@@ -69,7 +69,7 @@ def _cpu(shape: Shape, breadth: float, said: str) -> tuple[Name, str]:
     if half:
         if tokens >= 512 and breadth > 28:
             return "sorted", f"{said}, and {tokens} tokens can be sorted"
-    elif breadth > 3 + 100 / tokens and not shape.compiling:  # grouped_mm cannot be traced in fp32
+    elif breadth > 4.5 + 100 / tokens and not shape.compiling:  # grouped_mm cannot be traced in fp32
         return "sorted", f"{said}, and {tokens} tokens can be sorted"
     return "dense", f"{said}: one GEMM"
 

@@ -49,6 +49,12 @@ class Joint:
         y_BTO = nn.functional.linear(x_BTD, linear.weight, linear.bias)
         return bank.finish(s, mixed, y_BTO, linear.bias)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Takes over what the stack holds now."""
+        self.joint_OK[:, self.linear.in_features :] = self.bank.stack.b_RO(self.s).T
+
     def detach(self) -> None:
         """Gives the linear its own forward and a weight of its own again."""
         del self.linear.forward

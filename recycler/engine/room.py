@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from recycler.engine.stack import Slab, slab
 from recycler.routers.base import Gate, Router
 from recycler.routers.linear import LinearGate, Rows
 from recycler.routers.protocol import Group
@@ -28,9 +29,11 @@ from recycler.zoo.errors import UsageError, shorten
 
 if TYPE_CHECKING:
     from recycler.engine.bank import Bank
-    from recycler.engine.stack import Slab
+    from recycler.zoo.adapter import Adapter
 
 _MULTIPLE = 16  # rank rows of a site: 16-byte strides in every dtype, and the tile of the skipping kernels
+_WHY = "What a model was made with is all that a compiled one can hold: sites, rank rows, columns, kinds of adapters."
+_FIX = "Compose it again, with these adapters, and with spare=N for those that may follow."
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ class Room:
         """What `count` adapters need now, and `spare` more of a rank. Scales and biases only where there are some."""
 
         def some(kind: str) -> tuple[int, ...]:
-            found = [sum(getattr(one, kind) is not None for one in held.values()) for held in slabs]
-            return tuple(number + spare if number else 0 for number in found)
+            return tuple(number + spare if (number := _having(held, kind)) else 0 for held in slabs)
 
         rows = [sum(len(one.a_RD) for one in held.values()) + spare * rank for held in slabs]
         return cls(
@@ -63,33 +65,18 @@ class Room:
             some("bias_O"),
         )
 
-    def check(
-        self, slabs: Sequence[Mapping[int, Slab]], names: Sequence[str], sites: Sequence[str], widths: Sequence[int]
-    ) -> None:
-        """Raises UsageError unless the slabs have room.
-
-        Args:
-            widths: of the input, and of each site's output.
-        """
-        for s, (site, held) in enumerate(zip(sites, slabs, strict=True)):
-            wrong = [names[e] for e, one in held.items() if (one.a_RD.shape[1], one.b_RO.shape[1]) != (widths[0], widths[1 + s])]
-            if wrong:
-                raise UsageError(
-                    f"{shorten(wrong)} does not fit {site}.",
-                    f"It maps {widths[0]} to {widths[1 + s]} features.",
-                    "Give adapters for this base.",
-                )
-            for what, more, number, most in (
-                ("rank rows", "", sum(len(one.a_RD) for one in held.values()), self.rows[s]),
-                ("DoRA magnitudes", " and such an adapter in it", _having(held, "scale_O"), self.scales[s]),
-                ("biases", " and such an adapter in it", _having(held, "bias_O"), self.biases[s]),
+    def check(self, slabs: Mapping[str, Mapping[int, Slab]], count: int) -> None:
+        """Raises UsageError unless there is room for `count` adapters, which have these slabs."""
+        if count >= self.columns:
+            raise UsageError(f"There is room for {self.columns - 1} adapters, and these are {count}.", _WHY, _FIX)
+        for s, (site, held) in enumerate(slabs.items()):
+            for what, number, most in (
+                ("rank rows", sum(len(one.a_RD) for one in held.values()), self.rows[s]),
+                ("DoRA magnitudes", _having(held, "scale_O"), self.scales[s]),
+                ("biases", _having(held, "bias_O"), self.biases[s]),
             ):
                 if number > most:
-                    raise UsageError(
-                        f"{site} has room for {most} {what}, and these adapters have {number}.",
-                        "What a compiled model holds cannot grow.",
-                        f"Compose the model again, with more spare{more}.",
-                    )
+                    raise UsageError(f"{site} has room for {most} {what}, and these adapters have {number}.", _WHY, _FIX)
 
     def pad(self, w_BTSE: Tensor) -> Tensor:
         """Weights of some adapters [..., E or C] → of all columns [..., C]."""
@@ -119,8 +106,11 @@ def remaining(groups: Sequence[Group], touched: Collection[str]) -> list[Group |
     return result
 
 
-def gate_of(router: Router, group: Group | None, bank: Bank, room: Room) -> Gate | None:
+def gate_of(router: Router, group: Group | None, bank: Bank) -> Gate | None:
     """The router's gate of what remains of a bank's group, in the shape that the bank's gate has, where that can be."""
+    room = bank.room
+    if room is None:
+        return router.gate(bank.group)
     if group is None and router.granularity == "token":  # nobody is left to score
         return _placed(None, (), bank, room)
     if isinstance(router, StaticRouter):
@@ -150,6 +140,44 @@ def _placed(gate: LinearGate | None, at: Sequence[int], bank: Bank, room: Room) 
         offset_SC[where, :count] = 0.0 if gate.offset_N is None else gate.offset_N.unflatten(0, gate.shape)
     rows = [Rows(v_CD, offset_C) for v_CD, offset_C in zip(v_SCD, offset_SC, strict=True)]
     return LinearGate(rows, like is not None and like.normalise, like is not None and like.absolute)
+
+
+def filled(
+    banks: Sequence[Bank], base: nn.Module, adapters: Sequence[Adapter], before: Sequence[str]
+) -> list[dict[str, dict[int, Slab]]]:
+    """What each bank is to hold: site → adapter number → slab. Those of adapters that come without factors are views of what it
+    holds now. As `Attachment.exchange`."""
+    number = {name: e for e, name in enumerate(before)}
+    unknown = [one.name for one in adapters if not one.sites and one.name not in number]
+    if unknown:
+        raise UsageError(
+            f"{shorten(unknown)} came without factors.",
+            "Only adapters that the model holds already may.",
+            "Read them: recycler.build.read_adapters(zoo, names, model.source)",
+        )
+    here = {site for bank in banks for site in bank.group.sites}
+    strange = {site: one.name for one in adapters for site in one.sites if site not in here}
+    if strange:
+        raise UsageError(
+            f"{shorten(sorted(set(strange.values())))} touches {shorten(strange, 3)}, where there was no adapter.",
+            _WHY,
+            _FIX,
+        )
+    result = []
+    for bank in banks:
+        old, slabs = bank.stack.slabs(), {}
+        for s, site in enumerate(bank.group.sites):
+            linear, held = base.get_submodule(site), {}
+            for e, one in enumerate(adapters):
+                if site in one.sites:
+                    held[e] = slab(one.sites[site], linear)
+                elif not one.sites and number[one.name] in old[s]:
+                    held[e] = old[s][number[one.name]]
+            slabs[site] = held
+        assert bank.room is not None
+        bank.room.check(slabs, len(adapters))
+        result.append(slabs)
+    return result
 
 
 @torch.inference_mode(False)

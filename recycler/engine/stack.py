@@ -19,6 +19,7 @@ from recycler.engine.sites import weight_OD
 from recycler.zoo.lowrank import thin_svd
 
 if TYPE_CHECKING:
+    from recycler.engine.room import Room
     from recycler.zoo.adapter import Factors
 
 
@@ -58,18 +59,26 @@ class Stack(nn.Module):
     Args:
         slabs: per site, adapter number → slab.
         count: how many adapters there are; their numbers are the columns of the weights.
+        room: what is kept free beside them; `count` is its number of columns then.
 
     Attributes:
         spans: per site, where its rows begin and end.
         places: per site, adapter → where its rows begin and end.
-        ranks: the longest slab's rows. total: all rows.
+        ranks: the longest slab's rows, of the adapters that it was made with. total: all rows.
     """
 
     a_RD: Tensor
     expert_R: Tensor
     slot_R: Tensor
 
-    def __init__(self, slabs: Slabs, count: int, like: tuple[torch.device, torch.dtype], widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        slabs: Slabs,
+        count: int,
+        like: tuple[torch.device, torch.dtype],
+        widths: Sequence[int],
+        room: Room | None = None,
+    ) -> None:
         super().__init__()
         self.count, self.widths = count, tuple(widths)
         device, dtype = like
@@ -87,30 +96,46 @@ class Stack(nn.Module):
                 rows.append(held[e].a_RD)
                 expert += [e] * rank
                 slot += [s * count + e] * rank
+            ups = [held[e].b_RO for e in sorted(held)]
+            free = 0 if room is None else room.rows[s] - (len(expert) - start)
+            if free:
+                rows.append(torch.zeros(free, widths[0], device=device, dtype=dtype))
+                ups.append(torch.zeros(free, widths[1 + s], device=device, dtype=dtype))
+                expert += [count - 1] * free
+                slot += [s * count + count - 1] * free
             self.spans.append((start, len(expert)))
             self.places.append(places)
-            ups = [held[e].b_RO for e in sorted(held)]
             self._keep(f"b{s}_RO", torch.cat(ups) if ups else torch.zeros(0, widths[1 + s], device=device, dtype=dtype))
-            self._extras(s, held, device)
+            self._extras(s, held, device, room)
         self._keep("a_RD", torch.cat(rows) if rows else torch.zeros(0, widths[0], device=device, dtype=dtype))
         self._keep("expert_R", torch.tensor(expert, dtype=torch.long, device=device))
         self._keep("slot_R", torch.tensor(slot, dtype=torch.long, device=device))
         self.total = len(expert)
-        self.ranks = max((stop - start for places in self.places for start, stop in places.values()), default=0)
+        self.ranks = self._longest()
         self._tables: tuple[Tensor, Tensor] | None = None
         self._padded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _longest(self) -> int:
+        return max((stop - start for places in self.places for start, stop in places.values()), default=0)
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
         self.register_buffer(name, tensor, persistent=False)
 
-    def _extras(self, s: int, held: Mapping[int, Slab], device: torch.device) -> None:
+    def _extras(self, s: int, held: Mapping[int, Slab], device: torch.device, room: Room | None) -> None:
         """DoRA's output scales c − 1 and biases of B, where adapters have them, in the order of their adapters."""
         self.extra.append(False)
-        for kind, name in (("scale_O", "dora"), ("bias_O", "bias")):
+        for kind, name, most in (
+            ("scale_O", "dora", None if room is None else room.scales[s]),
+            ("bias_O", "bias", None if room is None else room.biases[s]),
+        ):
             found = {e: value for e, one in sorted(held.items()) if (value := getattr(one, kind)) is not None}
-            self.extra[s] |= bool(found)
-            self._keep(f"{name}{s}_KO", torch.stack([*found.values()]) if found else None)
-            self._keep(f"{name}{s}_K", torch.tensor([*found], device=device) if found else None)
+            values, keys = [*found.values()], [*found]
+            free = 0 if most is None else most - len(found)
+            values += [self._buffers[f"b{s}_RO"].new_zeros(self.widths[1 + s])] * free  # type: ignore[union-attr]
+            keys += [self.count - 1] * free
+            self.extra[s] |= bool(keys)
+            self._keep(f"{name}{s}_KO", torch.stack(values) if keys else None)
+            self._keep(f"{name}{s}_K", torch.tensor(keys, device=device) if keys else None)
 
     def b_RO(self, s: int) -> Tensor:
         # Straight from the dictionary: attribute look-up through nn.Module is felt at one token a step.
@@ -121,6 +146,16 @@ class Stack(nn.Module):
     def in_place(self, s: int) -> bool:
         """Whether the base's output may be written over: nobody takes gradients, and no DoRA scales it afterwards."""
         return not (self.extra[s] or torch.is_grad_enabled())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def become(self, other: Stack) -> None:
+        """Holds what another one of the same shapes does, in its own memory."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.copy_(other.get_buffer(name))
+        self.places = other.places
+        self._tables, self._padded = None, {}
 
     def slabs(self) -> list[dict[int, Slab]]:
         """What it was made of, as views."""
@@ -151,7 +186,8 @@ class Stack(nn.Module):
     def tables(self) -> tuple[Tensor, Tensor]:
         """(rows [S, E, P], there [S, E, P]): which rows are whose; 0 and not there where a slab is shorter, or absent."""
         if self._tables is None or not _like(self._tables[1], self.a_RD):
-            rows_SEP = torch.zeros(len(self.spans), self.count, self.ranks, dtype=torch.long)
+            longest = self._longest()
+            rows_SEP = torch.zeros(len(self.spans), self.count, longest, dtype=torch.long)
             there_SEP = torch.zeros(rows_SEP.shape)
             for s, places in enumerate(self.places):
                 rows_SEP[s] = self.spans[s][0] if places else 0
