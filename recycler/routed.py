@@ -212,7 +212,7 @@ class RoutedModel(nn.Module):
                 magnitude or a bias where none had; the router is for others. The model is as it was then.
         """
         names = tuple(adapter.name for adapter in adapters)
-        if not self.engine.has_room:
+        if self.engine.columns is None:
             raise UsageError(
                 "This model has no room for other adapters.",
                 "Its tensors are as large as what they hold.",
@@ -274,7 +274,7 @@ class RoutedModel(nn.Module):
         if self.engine.shelf is not None and few is not None:
             self.engine.shelf.promote(few.used)
         wide = plan
-        if isinstance(plan, Decision) and self.engine.has_room:
+        if isinstance(plan, Decision) and self.engine.columns is not None:
             wide = replace(plan, weights_BE=self.engine.widen(plan.weights_BE))
         with control.set(plan=wide, few=few):
             yield plan

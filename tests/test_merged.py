@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,17 @@ def test_a_router_that_is_one_mixture_needs_no_weights(llama: Pico) -> None:
         pass
     with pytest.raises(UsageError, match="There is no adapter nobody"), model.merged({"nobody": 1.0}):
         pass
+
+
+def test_paged_adapters_are_read_to_be_merged(llama: Pico, tmp_path: Path) -> None:
+    zoo = recycler.Zoo(llama.zoo)
+    router = recycler.build_router("uniform", zoo=zoo)
+    model = recycler.compose(zoo, router, resident="1MB", packed=tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        routed = model(ids).logits
+        with model.merged():
+            torch.testing.assert_close(model(ids).logits, routed, rtol=1e-4, atol=1e-5)
 
 
 def test_an_error_inside_puts_the_weights_back(llama: Pico) -> None:

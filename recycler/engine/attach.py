@@ -54,7 +54,8 @@ class Attachment(nn.Module):
         spare: int | None = None,
     ) -> None:
         super().__init__()
-        self.shelf, self.has_room = shelf, spare is not None
+        self.shelf = shelf
+        self.columns = None if spare is None else len(adapters) + spare + 1  # of weights, where there is room; the last is null
         if spare is not None and (spare < 0 or shelf is not None):
             raise UsageError(
                 f"spare={spare}.",
@@ -128,9 +129,10 @@ class Attachment(nn.Module):
             bank.most = None if router is None else router.most(bank.group)
             bank.fused = _fused(router, bank.most)
             after = None if router is None or gate is not None or group is None else group.after
-            bank.follow(None if after is None else by_name[after])
+            kept = bank.leader if group is None and gate is None else None
+            bank.follow(kept if after is None else by_name[after])
             bank.fold()
-        if router is None or not self.has_room:
+        if router is None or self.columns is None:
             self.control.select = None if router is None else router.weights
         else:
             self.control.select = room.selector(self.control.select, router)
@@ -139,7 +141,7 @@ class Attachment(nn.Module):
 
     def widen(self, w_E: Tensor) -> Tensor:
         """Weights [..., E], with zeros for the columns of adapters that there is room for."""
-        return w_E if not self.has_room or not self.banks else self.banks[0].room.pad(w_E)
+        return w_E if self.columns is None else room.widen(w_E, self.columns)
 
     def _pass_base(self, router: Router | None) -> None:
         if self.companion is not None:

@@ -129,6 +129,11 @@ class Bank(nn.Module):
         if self.is_spectral:
             stack.spectral()
 
+    @property
+    def leader(self) -> Bank | None:
+        """Whose decisions it reuses."""
+        return self._leader[0] if self._leader else None
+
     def follow(self, leader: Bank | None) -> None:
         """Reuses another bank's decisions instead of a gate's; None ends that. A bank that leads must not follow."""
         for before in self._leader:

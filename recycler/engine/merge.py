@@ -8,7 +8,7 @@ Dimensions in names: D input width, O output width, E adapter, R rank row, S sit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from recycler.zoo.errors import UsageError
 if TYPE_CHECKING:
     from recycler.engine.attach import Attachment
     from recycler.engine.bank import Bank
-    from recycler.engine.stack import Stack
+    from recycler.engine.stack import Slab
 
 
 @contextmanager
@@ -35,13 +35,14 @@ def merged(engine: Attachment, base: nn.Module, weights_E: Tensor) -> Iterator[N
     """
     used = [e for e, weight in enumerate(weights_E.tolist()) if weight]
     kept: list[tuple[Tensor, Tensor]] = []
-    work = [(bank, s, site) for bank in engine.banks for s, site in enumerate(bank.group.sites)]
-    linears = {site: base.get_submodule(site) for _, _, site in work}
-    _check(base, linears, [site for bank, s, site in work if _wants_bias(bank.stack, s, used)])
+    linears = {site: base.get_submodule(site) for bank in engine.banks for site in bank.group.sites}
+    shares = [(site, held) for bank in engine.banks for site, held in zip(bank.group.sites, _held(bank, used), strict=True)]
+    _check(base, linears, [site for site, held in shares if any(one.bias_O is not None for one in held.values())])
     try:
         with torch.no_grad():
-            for bank, s, site in work:
-                _add(bank, s, linears[site], weights_E, used, kept)
+            for site, held in shares:
+                if held:
+                    _add(held, linears[site], weights_E, kept)
         with engine.control.set(enabled=False):
             yield
     finally:
@@ -68,24 +69,19 @@ def _check(base: nn.Module, linears: dict[str, nn.Module], biased: list[str]) ->
             raise UsageError(f"{site} has no bias that could take the adapters'.", "", instead)
 
 
-def _wants_bias(stack: Stack, s: int, used: list[int]) -> bool:
-    """Whether something is added there whatever the input."""
-    held = stack.slabs()[s]
-    return any(held[e].bias_O is not None for e in used if e in held)
+def _held(bank: Bank, used: list[int]) -> list[dict[int, Slab]]:
+    """Per site, what the adapters of the mixture add there; read from disk where they are paged."""
+    slabs = bank.stack.slabs() if bank.shelf is None else bank.shelf.slabs(bank, tuple(used))
+    return [{e: held[e] for e in used if e in held} for held in slabs]
 
 
-def _add(bank: Bank, s: int, linear: nn.Module, weights_E: Tensor, used: list[int], kept: list[tuple[Tensor, Tensor]]) -> None:
-    held = bank.stack.slabs()[s]
-    if not any(e in held for e in used):
-        return
+def _add(held: Mapping[int, Slab], linear: nn.Module, weights_E: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
     weight, bias_O = linear.weight, getattr(linear, "bias", None)
     assert isinstance(weight, Tensor)
     w_OD = weight.float().T if type(linear).__name__ == "Conv1D" else weight.float()
     total_OD, more_O = w_OD.clone(), None if bias_O is None else bias_O.float().clone()
-    for e in used:
-        if e not in held:
-            continue
-        share, one = float(weights_E[e]), held[e]
+    for e, one in held.items():
+        share = float(weights_E[e])
         total_OD += share * (one.b_RO.float().T @ one.a_RD.float())
         if one.scale_O is not None:
             total_OD += share * one.scale_O.float()[:, None] * w_OD

@@ -111,16 +111,40 @@ def gate_of(router: Router, group: Group | None, bank: Bank) -> Gate | None:
     room = bank.room
     if room is None:
         return router.gate(bank.group)
-    if group is None and router.granularity == "token":  # nobody is left to score
-        return _placed(None, (), bank, room)
     if isinstance(router, StaticRouter):
         router = copy.copy(router)
         router.weights_E = widen(router.weights_E, room.columns)
-    gate = router.gate(group or bank.group)
+    if router.granularity != "token":  # whose gates know no sites
+        return router.gate(bank.group)
+    if group is None:  # nobody is left to score
+        return None if bank.leader is not None else _placed(None, (), bank, room)
+    gate = router.gate(group)
+    if gate is None:
+        return None
+    at = [bank.group.sites.index(site) for site in group.sites]
     # The average of all adapters (`policies.shared`) divides by how many there are.
-    if group is not None and isinstance(gate, LinearGate) and not getattr(router.config, "shared", False):
-        return _placed(gate, [bank.group.sites.index(site) for site in group.sites], bank, room)
-    return gate
+    if isinstance(gate, LinearGate) and not getattr(router.config, "shared", False):
+        return _placed(gate, at, bank, room)
+    return gate if len(at) == len(bank.group.sites) else _Spread(gate, at, len(bank.group.sites))
+
+
+class _Spread(Gate):
+    """The gate of some of a group's sites, for all of them: those where nobody is get the first one's scores.
+
+    Args:
+        at: the numbers of the gate's sites.
+    """
+
+    at_S: Tensor
+
+    def __init__(self, gate: Gate, at: Sequence[int], sites: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.register_buffer("at_S", torch.tensor([at.index(s) if s in at else 0 for s in range(sites)]), persistent=False)
+
+    def forward(self, x_BTD: Tensor, plan: Any = None) -> Tensor:
+        scores_BTSE: Tensor = self.gate(x_BTD, plan)
+        return scores_BTSE if scores_BTSE.shape[-2] == 1 else scores_BTSE.index_select(-2, self.at_S)
 
 
 def _placed(gate: LinearGate | None, at: Sequence[int], bank: Bank, room: Room) -> LinearGate:
@@ -131,7 +155,7 @@ def _placed(gate: LinearGate | None, at: Sequence[int], bank: Bank, room: Room) 
     """
     old, sites = bank.gate, len(bank.group.sites)
     like = old if gate is None and isinstance(old, LinearGate) else gate
-    each = gate is not None and gate.shape[0] > 1 or isinstance(old, LinearGate) and old.shape[0] == sites
+    each = (gate is not None and gate.shape[0] > 1) or (isinstance(old, LinearGate) and old.shape[0] == sites)
     v_SCD = torch.zeros(sites if each else 1, room.columns, bank.group.width)
     offset_SC = torch.full(v_SCD.shape[:2], float("-inf"))
     if gate is not None:
@@ -170,6 +194,8 @@ def filled(
             linear, held = base.get_submodule(site), {}
             for e, one in enumerate(adapters):
                 if site in one.sites:
+                    if one.sites[site].shape != (bank.stack.widths[1 + s], bank.stack.widths[0]):
+                        raise UsageError(f"{one.name} does not fit {site}.", "It was made for another base.", "Leave it out.")
                     held[e] = slab(one.sites[site], linear)
                 elif not one.sites and number[one.name] in old[s]:
                     held[e] = old[s][number[one.name]]
