@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from recycler import batching
 from recycler.base import Base
 from recycler.engine.attach import Attachment
 from recycler.engine.bank import Control
@@ -22,7 +23,7 @@ from recycler.engine.plan import ExecutionPlan, execution_plan
 from recycler.reading import Reading
 from recycler.routers.base import Router
 from recycler.routers.protocol import Few, Rowwise, Weights
-from recycler.routers.sequence import Decision, SequenceRouter
+from recycler.routers.sequence import Decision
 from recycler.routers.static import StaticRouter
 from recycler.zoo.errors import UsageError, choices
 
@@ -309,25 +310,7 @@ class RoutedModel(nn.Module):
             UsageError: what is decided for a prompt is neither a mixture for all of it nor made token by token; or there are
                 more or fewer decisions than prompts.
         """
-        rows_BE = self._sequencewise(inputs)
-        if rows_BE is None:
-            self._pack()
-            return self.base.generate_batch(inputs, *args, **options)
-        if len(rows_BE) != len(inputs):
-            raise UsageError(f"There are {len(rows_BE)} mixtures for {len(inputs)} prompts.", "", "Give each prompt its own.")
-        results: list[tuple[int, Any]] = []
-        mixtures_ME, number_B = rows_BE.unique(dim=0, return_inverse=True)
-        for m, weights_E in enumerate(mixtures_ME):
-            rows = (number_B == m).nonzero()[:, 0].tolist()
-            with self.mixture(weights_E):
-                self._pack()
-                made = self.base.generate_batch([inputs[i] for i in rows], *args, **options)
-            for name, output in made.items():  # req_N, or req_N__child#C of several answers to one prompt
-                number, mark, child = name.removeprefix("req_").partition("__")
-                row = rows[int(number)]
-                output.request_id = f"req_{row}{mark}{child}"
-                results.append((row, output))
-        return {output.request_id: output for _, output in sorted(results, key=lambda result: result[0])}
+        return batching.generate(self, inputs, *args, **options)
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
         """As the base's own. The manager keeps to one mixture, or to routers that decide token by token.
@@ -335,50 +318,13 @@ class RoutedModel(nn.Module):
         Raises:
             UsageError: something is decided once a sequence.
         """
-        self._pack()
+        batching.pack(self)
         return self.base.init_continuous_batching(*args, **options)
 
     def continuous_batching_context_manager(self, *args: Any, **options: Any) -> Any:
         """As the base's own; see `init_continuous_batching`."""
-        self._pack()
+        batching.pack(self)
         return self.base.continuous_batching_context_manager(*args, **options)
-
-    def _sequencewise(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """Each prompt's mixture [B, E], where that is how they are given or decided."""
-        control, forced = self.engine.control, self.engine.control.forced
-        if not control.enabled or not prompts:
-            return None
-        if forced is not None:
-            return forced if isinstance(forced, Tensor) and forced.dim() == 2 else None
-        if not isinstance(self.router, SequenceRouter):
-            return None
-        padded = self.tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side="left", return_tensors="pt")
-        with self.planned(padded.to(self.source.device)) as plan:
-            return plan.weights_BE
-
-    def _pack(self) -> None:
-        """Readies the base for rows that are packed.
-
-        Raises:
-            UsageError: what is decided for a row, or beside it, would be lost.
-        """
-        # A manager that was kept shares keys and values with prompts that begin alike, whatever the mixture they were run with.
-        self.base.destroy_cached_continuous_batching_manager()
-        control, router, forced, what = self.engine.control, self.router, self.engine.control.forced, ""
-        if self.source.encoder_decoder:
-            what = "an encoder–decoder"
-        elif control.enabled and forced is not None:
-            what = "a mixture for each row or token" if isinstance(forced, Tensor) and forced.dim() > 1 else ""
-        elif control.enabled and router is not None and (router.base_pass or type(router).prepare is not Router.prepare):
-            what = router.method()
-        if what:
-            raise UsageError(
-                f"Continuous batching cannot run {what}.",
-                "It packs all prompts' tokens into one row and one cache: nothing there is a prompt's own, or runs beside it.",
-                "Use generate_batch: prompts with the same mixture run together."
-                if isinstance(router, SequenceRouter) and forced is None
-                else "Use generate.",
-            )
 
     # -- other mixtures than the router's
 

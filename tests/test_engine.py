@@ -267,6 +267,19 @@ def test_the_whole_routed_model_compiles_without_a_break(llama: Pico, method: st
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+def test_one_graph_serves_all_lengths_on_the_same_path(llama: Pico) -> None:
+    """The chooser's thresholds are the only lengths that a graph looks at."""
+    model = make(llama, "arrow")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        compiled(torch.randint(5, 90, (1, 40)), use_cache=False)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for tokens in (33, 50, 64):
+                ids = torch.randint(5, 90, (1, tokens))
+                torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 class _Int8(torch.nn.Module):
     """A quantised linear: int8 weight, a scale, answers in bf16."""
 

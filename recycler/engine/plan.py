@@ -62,6 +62,7 @@ def execution_plan(engine: Attachment, tokens: int, sequences: int = 1) -> Execu
         path, why, stack = bank.foresee((sequences, -(-tokens // sequences), bank.group.width))
         sites = tuple(site.rpartition(".")[2] for site in bank.group.sites)
         size = sum(tensor.numel() * tensor.element_size() for tensor in stack.buffers())
-        found.setdefault((sites, path, why, stack.a_RD.shape[0], stack.count), []).append((bank.group.name, size))
+        adapters = len({e for held in stack.places for e in held})  # columns may be spare
+        found.setdefault((sites, path, why, stack.a_RD.shape[0], adapters), []).append((bank.group.name, size))
     steps = [Step(tuple(name for name, _ in own), *key, sum(size for _, size in own)) for key, own in found.items()]
     return ExecutionPlan(tokens, sequences, tuple(steps))
