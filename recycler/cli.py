@@ -177,12 +177,16 @@ def compose(
 @click.option("--only", "only_adapter", metavar="ADAPTER", help="Use this adapter alone; `base` for none.")
 @click.option("--explain", is_flag=True, help="Add \"routing\" to each row: the adapters' shares, and the router's reason.")
 @click.option("--recruit", is_flag=True, help="A `skills` router's recruits answer one by one, and their answers become one.")
+@click.option(
+    "--resident", metavar="SIZE", help="Memory for adapters, 2GB say: they stay on disk and are read as they are wanted."
+)
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @with_base
 @on_device
 def run(
     model_path: str, input_file: str | None, output_file: str | None, prompts: tuple[str, ...], max_new_tokens: int, batch_size: int,
-    only_adapter: str | None, explain: bool, recruit: bool, force: bool, base: str | None, device: str | None, dtype: str,
+    only_adapter: str | None, explain: bool, recruit: bool, resident: str | None, force: bool, base: str | None, device: str | None,
+    dtype: str,
 ) -> None:  # fmt: skip
     """Answer prompts with a composed model, greedily.
 
@@ -215,10 +219,14 @@ def run(
         "recruit": recruit,
     }
 
+    shelf: Any = None
+
     def loaded() -> Any:
-        model = load(model_path, base=base, device=device, dtype=dtype)
+        nonlocal shelf
+        model = load(model_path, base=base, resident=resident, device=device, dtype=dtype)
         for warning in model.warnings:
             say(f"warning: {warning}")
+        shelf = model.engine.shelf
         return model
 
     with bars() as progress:
@@ -230,6 +238,8 @@ def run(
             rows = answered_prompts(loaded(), prompts, progress=progress, **settings)
             plain = len(rows) == 1 and not (explain or recruit)
             text = rows[0]["generated"] + "\n" if plain else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    if shelf is not None:
+        say(str(shelf))
     click.echo(text, nl=False)
 
 

@@ -139,6 +139,16 @@ def test_run_a_prompt(way: Way) -> None:
     )
 
 
+def test_run_with_adapters_on_disk(way: Way) -> None:
+    """The same answer, and what was read; a size that is none is refused."""
+    plain = recycle("run", way.model, "-p", "Add 1 and b.", "--max-new-tokens", 4)
+    paged = recycle("run", way.model, "-p", "Add 1 and b.", "--max-new-tokens", 4, "--resident", "1MB")
+    assert paged.exit_code == 0 and paged.stdout == plain.stdout
+    assert "held" in paged.stderr and "held" not in plain.stderr
+    wrong = recycle("run", way.model, "-p", "Add 1 and b.", "--resident", "a lot")
+    assert wrong.exit_code == 2 and "Traceback" not in wrong.stderr and wrong.stderr.startswith("error: ")
+
+
 def test_run_several_prompts(way: Way) -> None:
     """Answers may have several lines: with more than one, each says whose it is."""
     prompts = ["Add 1 and b.", "O the\nlong poem!"]
@@ -497,7 +507,7 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "eval": (recycler.evaluate, {"model_path": "model", "files": "shots", "others": "routers", "assign": "owner"}),
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
-ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"),
+ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"), "resident": ("run",),
              "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",),
              "subtract_rank": ("build-router",), "add": ("build-router",), "remove": ("build-router",), "router_name": ("build-router",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.
@@ -533,6 +543,12 @@ def test_the_same_defaults(name: str) -> None:
     assert compared >= 2
     mentioned = {renamed.get(str(parameter.name), str(parameter.name)) for parameter in command.params}
     python_only = {"progress", "on_event", "loading", "token", "endpoint", "max_bytes"}
+    python_only |= {
+        "resident",
+        "adapter_dtype",
+        "packed",
+        "spare",
+    }  # how a loaded model holds its adapters: nothing of it is saved
     assert set(known) - mentioned - python_only == set(), "Python can do what the command cannot"
 
 
