@@ -342,6 +342,7 @@ class RoutedModel(nn.Module):
         if isinstance(weights, Rowwise):
             few, weights = weights.few, weights.weights
         elif isinstance(weights, Tensor):
+            self._require_columns(weights)
             few = Few.of(weights) if weights.dim() <= 2 else None
             weights = self.engine.widen(weights.to(self.source.device))
         with self.engine.control.set(forced=weights, few=few):
@@ -356,6 +357,15 @@ class RoutedModel(nn.Module):
                 f"Choose {choices(self.names)}.",
             )
         return torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
+
+    def _require_columns(self, weights_E: Tensor) -> None:
+        """Fewer columns would be taken for the first adapters' without a word."""
+        if weights_E.dim() == 0 or weights_E.shape[-1] != len(self.names):
+            raise UsageError(
+                f"The weights have the shape {list(weights_E.shape)}.",
+                f"The model holds {len(self.names)} adapters; each needs its weight.",
+                "Give one number for each, in the order of model.names, or a mapping from name to weight.",
+            )
 
     def only(self, name: str) -> Any:
         """``with model.only("math"):`` that adapter alone, at weight 1."""
@@ -383,6 +393,7 @@ class RoutedModel(nn.Module):
                 raise UsageError("This model has no single mixture.", "", "Name one: model.merged({...}).")
             weights = self.router.weights_E
         weights_E = self._weights_E(weights) if isinstance(weights, Mapping) else weights.cpu()
+        self._require_columns(weights_E)
         with merged(self.engine, self.base, weights_E):
             yield self
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pico
+from fake_cuda import Indexing
 from test_conformance import FAST
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
@@ -35,37 +35,6 @@ class NoTraffic(TorchDispatchMode):
         if given and made - given:
             raise AssertionError(f"{func} goes from {given} to {made}")
         return out
-
-
-class Indexing(TorchFunctionMode):
-    """x[...] and x.contiguous() out of other operations: a build without CUDA refuses them for fake tensors too."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
-            return _index(*args)
-        if func is torch.Tensor.contiguous and args[0].device.type == "cuda":
-            return args[0].clone(memory_format=torch.contiguous_format)
-        return func(*args, **(kwargs or {}))
-
-
-def _index(x: torch.Tensor, key: Any) -> torch.Tensor:
-    parts = list(key) if isinstance(key, tuple) else [key]
-    if Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
-        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
-        given = sum(part is not None and part is not Ellipsis for part in parts)
-        parts[place : place + 1] = [slice(None)] * (x.dim() - given)
-    at, tensors = 0, list[torch.Tensor | None]()
-    for part in parts:
-        if isinstance(part, int):
-            x = x.select(at, part)
-            continue
-        if part is None:
-            x = x.unsqueeze(at)
-        elif isinstance(part, slice) and part != slice(None):
-            x = torch.ops.aten.slice(x, at, part.start, part.stop, part.step or 1)
-        tensors.append(part if isinstance(part, torch.Tensor) else None)
-        at += 1
-    return x if all(t is None for t in tensors) else torch.ops.aten.index(x, tensors)
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from recycler.engine.paths import Begun, Dense, Gather, PerSequence, Skip, Sorte
 from recycler.engine.stack import Slab, Stack
 from recycler.routed import RoutedModel
 from recycler.routers.select import Policy
+from recycler.zoo.errors import UsageError
 
 WIDTHS = (16, 8, 24)  # one input, two outputs
 CPU = torch.device("cpu")
@@ -181,6 +182,52 @@ def test_one_gemm_for_base_and_adapters(llama: Pico, method: str) -> None:
     state = model.base.state_dict()
     assert all(torch.equal(state[name], tensor) and state[name].is_contiguous() for name, tensor in weights.items())
     assert not any("forward" in vars(module) for module in model.base.modules())
+
+
+@torch.no_grad()
+def test_what_makes_no_sense_is_refused(llama: Pico) -> None:
+    zoo = recycler.Zoo(llama.zoo)
+    model = recycler.compose(zoo, recycler.build_router("arrow", zoo=zoo))
+    ids = torch.tensor([[5, 6, 7]])
+    for few_columns in (torch.ones(len(zoo) - 1), torch.ones(1, len(zoo) + 1), torch.tensor(1.0)):
+        with pytest.raises(UsageError, match="each needs its weight"), model.mixture(few_columns):
+            pass
+        with pytest.raises(UsageError, match="each needs its weight"), model.merged(few_columns):
+            pass
+    for tokens, sequences in ((0, 1), (5, 0), (2, 3), (-1, 1)):
+        with pytest.raises(UsageError, match="tokens of"):
+            model.execution_plan(tokens, sequences)
+    model.engine.control.path = "fast"  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="no such path"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_a_model_that_moves_keeps_nothing_of_where_it_was(llama: Pico) -> None:
+    """After forwards on every path, K-concat, and one of its adapters alone, in another dtype: as a model that was made there."""
+    zoo = recycler.Zoo(llama.zoo)
+    router = recycler.build_router("arrow", zoo=zoo)
+    model, fresh = recycler.compose(zoo, router), recycler.compose(zoo, router, dtype="bfloat16")
+    ids = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    paths: list[Any] = ["dense", "gather", "sorted", "skip"]
+    joined = model.engine.join()
+
+    def logits(of: RoutedModel) -> list[torch.Tensor]:
+        found = []
+        for path in paths:
+            with of.engine.control.set(path=path):
+                found.append(of(ids).logits)
+        with of.only(of.names[1]):
+            found.append(of(ids).logits)
+        return found
+
+    logits(model)
+    model.to(torch.bfloat16)
+    assert len(model.engine.joints) == joined
+    for one, other in zip(logits(model), logits(fresh), strict=True):
+        # The mean: one GEMM rounds otherwise than two in bf16, which can also turn a tie between adapters.
+        assert (one.float() - other.float()).abs().mean() < 0.02 * other.float().abs().max()
+    assert all(bank._some is None or bank._some[1].a_RD.dtype == torch.bfloat16 for bank in model.engine.banks)
 
 
 # ------------------------------------------------------------------------------------------------------------- the chooser

@@ -4,7 +4,7 @@ and its quantisation stay as they are."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import align_module_device
@@ -161,6 +161,14 @@ class Attachment(nn.Module):
                 if isinstance(linear, nn.Linear) and can_join(bank, s, linear, holders):
                     self.joints[site] = Joint(bank, s, linear)
         return len(self.joints)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attachment:
+        joined = bool(self.joints)
+        self.separate()
+        super()._apply(fn, recurse)
+        if joined:  # the base has moved by now
+            self.join()
+        return self
 
     def separate(self) -> None:
         """Ends `join`."""

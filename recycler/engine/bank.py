@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from recycler.engine import kernels
 from recycler.engine.chooser import Shape, choose
-from recycler.engine.paths import Begun, Dense, Gather, Name, PerSequence, Skip, Sorted
+from recycler.engine.paths import NAMES, Begun, Dense, Gather, Name, PerSequence, Skip, Sorted
 from recycler.engine.room import Room
 from recycler.engine.sites import linear_shape
 from recycler.engine.stack import Slabs, Stack, placement, slab
 from recycler.routers.base import Gate
 from recycler.routers.linear import LinearGate
 from recycler.routers.protocol import Few, Function, Group
+from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,6 +205,8 @@ class Bank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         self.unfold()
         super()._apply(fn, recurse)
+        self._some = None  # what was made of it, or chosen for it, where it was before
+        self._choices.clear()
         self.fold()
         return self
 
@@ -237,6 +240,8 @@ class Bank(nn.Module):
             if path == "skip":
                 return Skip(stack, x_ND, w_NSE), stack, w_BTSE
             return (Gather if path == "gather" else Sorted)(stack, x_ND, w_NSE, k), stack, w_BTSE
+        if path not in NAMES:
+            raise UsageError(f"path={path!r}.", "There is no such path.", f"Choose {', '.join(NAMES)}, or None.")
         return Dense(stack, x_BTD, w_BTSE), stack, w_BTSE
 
     def _kept(self, shape: Sequence[int]) -> tuple[Stack | None, Tensor | None]:
@@ -294,6 +299,8 @@ class Bank(nn.Module):
             )
         )  # fmt: skip
         if not compiling:
+            if len(self._choices) >= _REMEMBERED:  # a server sees every length there is
+                self._choices.clear()
             self._choices[key] = choice
         return choice
 
@@ -353,6 +360,9 @@ class Bank(nn.Module):
         if self._leads:
             self._decision = w_BTSE
         return w_BTSE
+
+
+_REMEMBERED = 256  # shapes
 
 
 @torch.inference_mode(False)

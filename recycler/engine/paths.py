@@ -16,7 +16,7 @@ K one of a token's adapters, P place in an adapter's longest slab, M a token wit
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from recycler.engine.stack import Stack
 from recycler.routers.policies import strongest
 
 Name = Literal["dense", "gather", "sorted", "sequence", "skip"]
+NAMES: tuple[Name, ...] = get_args(Name)
 
 
 class Begun(Protocol):

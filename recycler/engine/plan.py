@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recycler.zoo.errors import UsageError
+
 if TYPE_CHECKING:
     from recycler.engine.attach import Attachment
     from recycler.engine.paths import Name
@@ -56,7 +58,15 @@ class ExecutionPlan:
 
 
 def execution_plan(engine: Attachment, tokens: int, sequences: int = 1) -> ExecutionPlan:
-    """What a forward of so many tokens would do, with the router or the mixture that is set now."""
+    """What a forward of so many tokens would do, with the router or the mixture that is set now.
+
+    Raises:
+        UsageError: there is no such forward.
+    """
+    if tokens < 1 or not 1 <= sequences <= tokens:
+        raise UsageError(
+            f"{tokens} tokens of {sequences} sequences.", "", "Each sequence has a token at least, and there is one."
+        )
     found: dict[tuple[tuple[str, ...], Name, str, int, int], list[tuple[str, int]]] = {}
     for bank in engine.banks:
         path, why, stack = bank.foresee((sequences, -(-tokens // sequences), bank.group.width))
