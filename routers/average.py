@@ -45,7 +45,9 @@ class Average(StaticRouter):
 
     def without(self, name: str) -> Self:
         if name not in self.adapters:
-            raise UsageError(f"There is no adapter {name} in this router.", "", f"Choose {choices(self.adapters)}.")
+            raise UsageError(
+                f"There is no adapter {name} in this router.", "", f"Choose {choices(self.adapters)}.", code="E_UNKNOWN"
+            )
         keep = [e for e, other in enumerate(self.adapters) if other != name]
         rest = [self.adapters[e] for e in keep]
         if self.config.weights in ("mean", "sum"):

@@ -47,7 +47,7 @@ class AverageActivationConfig(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tokens < 1:
-            raise UsageError(f"tokens={self.tokens}.", "It is a count.", "Use tokens=1 or more.")
+            raise UsageError(f"tokens={self.tokens}.", "It is a count.", "Use tokens=1 or more.", code="E_OPTION")
 
 
 class AverageActivation(LinearRouter):

@@ -164,6 +164,7 @@ class Router(nn.Module, ABC):
             f"{self.method()} cannot take in one adapter more.",
             "It learns all adapters together, so that the others would change too.",
             "Build it again.",
+            code="E_FIXED",
         )
 
     def without(self, name: str) -> Self:
@@ -176,6 +177,7 @@ class Router(nn.Module, ABC):
             f"{self.method()} cannot let go of one adapter.",
             "It learns all adapters together, so that the others would change too.",
             "Build it again.",
+            code="E_FIXED",
         )
 
     def gate(self, group: Group) -> Gate | None:
@@ -274,12 +276,15 @@ def check_output(folder: Path, force: bool) -> None:
     """Raises UsageError when `folder` is in use and may not be replaced."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (held and "router.json" not in held):
-        raise UsageError(f"{folder} holds something else than a router.", "Nothing is overwritten.", "Choose another --out.")
+        raise UsageError(
+            f"{folder} holds something else than a router.", "Nothing is overwritten.", "Choose another --out.", code="E_EXISTS"
+        )
     if held and not force:
         raise UsageError(
             f"{folder} holds a router already.",
             "Nothing is overwritten unless asked.",
             "Choose another --out, or add --force.",
+            code="E_EXISTS",
         )
 
 

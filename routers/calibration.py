@@ -47,13 +47,17 @@ def check(cls: type[Router], config: Any, profile: Any) -> None:
         )
     if profile is None:
         raise UsageError(
-            "policy=null finds its threshold on shots, and no profile was given.", "", f"Add --profile NAME. {by_hand}"
+            "policy=null finds its threshold on shots, and no profile was given.",
+            "",
+            f"Add --profile NAME. {by_hand}",
+            code="E_NEEDS_PROFILE",
         )
     if not any(profile.own.values()):
         raise InputError(
             "policy=null finds its threshold on shots of adapters' own tasks, and there are none.",
             "By the profile nobody is better than the base at any task.",
             f"Say which are theirs: --assign ADAPTER=TASK. {by_hand}",
+            code="E_NO_GAIN",
         )
 
 

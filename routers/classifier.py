@@ -60,9 +60,9 @@ class ClassifierConfig(Witnesses):
         super().__post_init__()
         for name in ("sure", "unknown"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)}.", "", "Use a number from 0 to 1.")
+                raise UsageError(f"{name}={getattr(self, name)}.", "", "Use a number from 0 to 1.", code="E_OPTION")
         if self.mix < 1:
-            raise UsageError(f"mix={self.mix}.", "A task has one adapter at least.", "Use 1 or more.")
+            raise UsageError(f"mix={self.mix}.", "A task has one adapter at least.", "Use 1 or more.", code="E_OPTION")
 
 
 class Classifier(SequenceRouter):

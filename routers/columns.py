@@ -37,9 +37,11 @@ def rest(router: Router, name: str) -> list[int]:
         UsageError: there is no such adapter, or no other.
     """
     if name not in router.adapters:
-        raise UsageError(f"This router has no adapter {name}.", "", f"It has {', '.join(router.adapters)}.")
+        raise UsageError(f"This router has no adapter {name}.", "", f"It has {', '.join(router.adapters)}.", code="E_UNKNOWN")
     if len(router.adapters) == 1:
-        raise UsageError(f"{name} is this router's only adapter.", "Without any there is nothing to route to.", "")
+        raise UsageError(
+            f"{name} is this router's only adapter.", "Without any there is nothing to route to.", "", code="E_FIXED"
+        )
     return [e for e, other in enumerate(router.adapters) if other != name]
 
 

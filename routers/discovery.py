@@ -66,7 +66,7 @@ def find(name: str) -> type[Router]:
     try:
         return methods()[name]
     except KeyError:
-        raise UsageError(f"There is no router called {name!r}.", "", f"Choose {choices(methods())}.") from None
+        raise UsageError(f"There is no router called {name!r}.", "", f"Choose {choices(methods())}.", code="E_METHOD") from None
 
 
 def load_router(folder: str | Path) -> Router:
@@ -87,14 +87,18 @@ def load_router(folder: str | Path) -> Router:
             f"{folder} holds no router.",
             "There is no router.json in it.",
             "Build one: recycle build-router METHOD --out DIR",
+            code="E_ROUTER",
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/router.json cannot be read ({error}).", "", "Build the router again.") from None
+        raise InputError(
+            f"{folder}/router.json cannot be read ({error}).", "", "Build the router again.", code="E_ROUTER"
+        ) from None
     if version > SCHEMA_VERSION:
         raise InputError(
             f"{folder} was written with router schema {version}.",
             f"This version reads up to {SCHEMA_VERSION}.",
             "Upgrade recycler.",
+            code="E_NEWER",
         )
     cls = find(name)
     router: Router = cls(manifest["adapters"], make_config(cls, manifest["config"]))
@@ -111,7 +115,9 @@ def load_router(folder: str | Path) -> Router:
         if (folder / "statistics.safetensors").exists():
             router.load_statistics(load_file(folder / "statistics.safetensors"))
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise InputError(f"The tensors in {folder} cannot be read ({error}).", "", "Build the router again.") from None
+        raise InputError(
+            f"The tensors in {folder} cannot be read ({error}).", "", "Build the router again.", code="E_ROUTER"
+        ) from None
     return router
 
 
@@ -134,6 +140,7 @@ def make_config(cls: type[Router], given: Mapping[str, Any]) -> Any:
             f"{cls.method()} has no option {', '.join(map(repr, unknown))}.",
             "",
             "Its options: " + ", ".join(f"{k}={v}" for k, (_, v) in known.items()) + ".",
+            code="E_OPTION",
         )
     return cls.Config(**{key: _convert(key, value, known[key][0]) for key, value in given.items()})
 
@@ -161,4 +168,4 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
                 except (ValueError, TypeError, OverflowError):
                     continue
     name = " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "none") for k in kinds)
-    raise UsageError(f"{key}={value!r} is not what {key} takes.", f"It takes {name}.", "")
+    raise UsageError(f"{key}={value!r} is not what {key} takes.", f"It takes {name}.", "", code="E_OPTION")

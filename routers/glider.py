@@ -70,15 +70,19 @@ class GliderConfig(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta is not None and not 0 <= self.beta < float("inf"):
-            raise UsageError(f"beta={self.beta}.", "It weighs the global term.", "Use 0 or more.")
+            raise UsageError(f"beta={self.beta}.", "It weighs the global term.", "Use 0 or more.", code="E_OPTION")
         if self.local == "glider":
-            raise UsageError("local=glider.", "Its local term is another router's.", "Use local=phatgoose or local=ridge.")
+            raise UsageError(
+                "local=glider.", "Its local term is another router's.", "Use local=phatgoose or local=ridge.", code="E_OPTION"
+            )
 
     def local_config(self) -> tuple[type[Router], Any]:
         """The local router's class, and its Config."""
         cls = find(self.local)
         if cls.granularity != "token" or cls.base_pass:
-            raise UsageError(f"local={self.local}.", "It does not score tokens.", "Use local=phatgoose, ridge or arrow.")
+            raise UsageError(
+                f"local={self.local}.", "It does not score tokens.", "Use local=phatgoose, ridge or arrow.", code="E_OPTION"
+            )
         pairs = [part.partition("=") for part in self.local_options.split(",") if part]
         return cls, make_config(cls, {key.strip(): value.strip() for key, _, value in pairs})
 

@@ -55,6 +55,7 @@ class LinearRouter(Router):
                 f"The router has no gate for {', '.join(missing)}.",
                 "It was built for other adapters or for another base.",
                 "Build it again for this zoo.",
+                code="E_ROUTER",
             )
         return LinearGate([self.rows[site] for site in own], self.normalise, self.absolute)
 
@@ -72,7 +73,9 @@ class LinearRouter(Router):
         self.rows = {site: Rows(tensors[f"{site}.gate"], tensors.get(f"{site}.offset")) for site in sites}
         wrong = [s for s, r in self.rows.items() if r.v_ED.ndim != 2 or r.v_ED.shape[0] != len(self.adapters)]
         if wrong:
-            raise InputError(f"The gates at {wrong[0]} are not one row per adapter.", "", "Build the router again.")
+            raise InputError(
+                f"The gates at {wrong[0]} are not one row per adapter.", "", "Build the router again.", code="E_ROUTER"
+            )
 
 
 _EPSILON = 1e-5  # of layer_norm

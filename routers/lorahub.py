@@ -59,11 +59,18 @@ class LorahubConfig:
     def __post_init__(self) -> None:
         for name in ("candidates", "budget", "seeds", "rows", "tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}.", "At least one is needed.", f"Use {name}=1 or more.")
+                raise UsageError(
+                    f"{name}={getattr(self, name)}.", "At least one is needed.", f"Use {name}=1 or more.", code="E_OPTION"
+                )
         if not 0 < self.bound < float("inf"):
-            raise UsageError(f"bound={self.bound}.", "Weights lie between −bound and bound.", "Use a positive, finite number.")
+            raise UsageError(
+                f"bound={self.bound}.",
+                "Weights lie between −bound and bound.",
+                "Use a positive, finite number.",
+                code="E_OPTION",
+            )
         if not 0 <= self.l1 < float("inf"):
-            raise UsageError(f"l1={self.l1}.", "It weighs the size of weights against NLL.", "Use 0 or more.")
+            raise UsageError(f"l1={self.l1}.", "It weighs the size of weights against NLL.", "Use 0 or more.", code="E_OPTION")
 
 
 class Point(NamedTuple):
@@ -180,7 +187,9 @@ def _tasks(profile: Profile, config: LorahubConfig) -> list[str]:
     wanted = list(dict.fromkeys(task.strip() for task in config.task.split(",")))
     unknown = [task for task in wanted if task not in profile.shots]
     if unknown:
-        raise UsageError(f"The profile has no task {shorten(unknown)}.", "", f"Choose {choices(profile.shots)}.")
+        raise UsageError(
+            f"The profile has no task {shorten(unknown)}.", "", f"Choose {choices(profile.shots)}.", code="E_UNKNOWN"
+        )
     return wanted
 
 
@@ -193,11 +202,14 @@ def _optimizer(config: LorahubConfig) -> Any:
     try:
         import nevergrad
     except ImportError:
-        raise UsageError("lorahub searches with a package.", "", "Run: pip install 'recycler[lorahub]'") from None
+        raise UsageError(
+            "lorahub searches with a package.", "", "Run: pip install 'recycler[lorahub]'", code="E_MISSING_EXTRA"
+        ) from None
     if config.optimizer not in nevergrad.optimizers.registry:
         raise UsageError(
             f"There is no optimizer {config.optimizer!r} in nevergrad.",
             "",
             "Use NGOpt, OnePlusOne, CMA, DE, or another of its names.",
+            code="E_OPTION",
         )
     return nevergrad.optimizers.registry[config.optimizer]

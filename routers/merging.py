@@ -210,10 +210,15 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale == 0:
-            raise UsageError(f"scale={self.scale}.", "It multiplies every weight.", "Use a finite number that is not 0.")
+            raise UsageError(
+                f"scale={self.scale}.", "It multiplies every weight.", "Use a finite number that is not 0.", code="E_OPTION"
+            )
         if self.weights not in ("mean", "sum") and not any(self._named().values()):
             raise UsageError(
-                f"weights={self.weights!r}.", "All of them are 0: that is the base.", "Give one adapter another weight."
+                f"weights={self.weights!r}.",
+                "All of them are 0: that is the base.",
+                "Give one adapter another weight.",
+                code="E_OPTION",
             )
 
     def _named(self) -> dict[str, float]:
@@ -227,7 +232,10 @@ class MergeConfig:
                 value = math.nan
             if not math.isfinite(value):
                 raise UsageError(
-                    f"weights={self.weights!r}.", f"{item.strip()!r} is no weight.", "Write mean, sum, or math=0.5,law=1"
+                    f"weights={self.weights!r}.",
+                    f"{item.strip()!r} is no weight.",
+                    "Write mean, sum, or math=0.5,law=1",
+                    code="E_OPTION",
                 )
             named[name] = value
         return named
@@ -300,7 +308,9 @@ class Merge(StaticRouter):
                     loss.add(site, lost, norm, update.a_RD.shape[0])
             step()
         if not updates:
-            raise InputError("The merge is empty.", "At no linear is there anything left of the updates.", "Choose others.")
+            raise InputError(
+                "The merge is empty.", "At no linear is there anything left of the updates.", "Choose others.", code="E_EMPTY"
+            )
         name = cls.method()
         made = factors_of(name, updates, model.base_weight)
         return (Derived(name, made, source=f"{name} of {', '.join(weights)}", parts=tuple(weights), facts=loss.report()),)
@@ -399,4 +409,5 @@ def check_density(density: float) -> None:
             f"density={density}.",
             "It is the share of entries that are kept.",
             "Use a number above 0 and at most 1, such as 0.2.",
+            code="E_OPTION",
         )

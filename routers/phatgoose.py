@@ -56,9 +56,11 @@ class PhatgooseConfig(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 0 or self.rows < 1 or self.tokens < 1 or not 0 < self.lr < math.inf:
-            raise UsageError("steps, rows, tokens and lr must be positive.", "", "")
+            raise UsageError("steps, rows, tokens and lr must be positive.", "", "", code="E_OPTION")
         if self.steps == 0 and self.init == "zero":
-            raise UsageError("steps=0 with init=zero.", "Gates of zero choose nobody.", "Add init=shots, or take steps.")
+            raise UsageError(
+                "steps=0 with init=zero.", "Gates of zero choose nobody.", "Add init=shots, or take steps.", code="E_OPTION"
+            )
 
 
 class Phatgoose(LinearRouter):
@@ -103,6 +105,7 @@ class Phatgoose(LinearRouter):
                 "These gates started from what sets each adapter's shots apart from all others'.",
                 "The others' shots are not kept.",
                 "Build it again, or with init=zero.",
+                code="E_FIXED",
             )
         new = len(self.adapters)
         rows: list[Chain] = [[(new, shot)] for task in profile.own.get(name, ()) for shot in profile.shots[task]]

@@ -64,10 +64,15 @@ class Witnesses:
     def __post_init__(self) -> None:
         for name in ("state", "words"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name}={getattr(self, name)}.", "It weighs the base's evidence.", "Use 0 or more.")
+                raise UsageError(
+                    f"{name}={getattr(self, name)}.", "It weighs the base's evidence.", "Use 0 or more.", code="E_OPTION"
+                )
         if not 0 < self.depth <= 1:
             raise UsageError(
-                f"depth={self.depth}.", "It says how far up the base a layer is.", "Use a number above 0, at most 1."
+                f"depth={self.depth}.",
+                "It says how far up the base a layer is.",
+                "Use a number above 0, at most 1.",
+                code="E_OPTION",
             )
 
 

@@ -98,7 +98,7 @@ class Retrieval(SequenceRouter):
 
     def without(self, name: str) -> Self:
         if name not in self.adapters:
-            raise UsageError(f"This router has no adapter {name}.", "", f"It has {', '.join(self.adapters)}.")
+            raise UsageError(f"This router has no adapter {name}.", "", f"It has {', '.join(self.adapters)}.", code="E_UNKNOWN")
         gone = self.adapters.index(name)
         router = type(self)([other for other in self.adapters if other != name], self.config)
         kept_N = self.owner_N != gone

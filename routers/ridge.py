@@ -114,11 +114,16 @@ class RidgeConfig(Policy):
         ):
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
-                raise UsageError(f"{name}={number}.", why, f"Use a positive, finite number, or {name}=none to have it found.")
+                raise UsageError(
+                    f"{name}={number}.",
+                    why,
+                    f"Use a positive, finite number, or {name}=none to have it found.",
+                    code="E_OPTION",
+                )
         for name, least in (("folds", 2), ("rounds", 1), ("chains", 0), ("chain_length", 1), ("tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"{name}={value}.", "It is a count.", f"Use {name}={least} or more.")
+                raise UsageError(f"{name}={value}.", "It is a count.", f"Use {name}={least} or more.", code="E_OPTION")
 
 
 class Ridge(LinearRouter):
@@ -196,6 +201,7 @@ class Ridge(LinearRouter):
                 f"{name} touches sites where this router decides nothing.",
                 "What the others' tokens look like there was never collected.",
                 "Build the router again.",
+                code="E_FIXED",
             )
         new = len(self.adapters)
         parts_F = _parts([(new, shot) for task in profile.own.get(name, ()) for shot in profile.shots[task]], self.config)
@@ -212,6 +218,7 @@ class Ridge(LinearRouter):
                 "This router came without its statistics.",
                 "They are kept where it was built, not in composed models.",
                 "",
+                code="E_FIXED",
             )
 
     def _solve(self) -> None:

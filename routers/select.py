@@ -54,36 +54,64 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Name):
-            raise UsageError(f"policy={self.policy!r}.", "", f"Choose {', '.join(get_args(Name))}.")
+            raise UsageError(f"policy={self.policy!r}.", "", f"Choose {', '.join(get_args(Name))}.", code="E_OPTION")
         if self.top_k is not None and (not (ks := _numbers(self.top_k)) or min(ks) < 1):
             raise UsageError(
                 f"top_k={self.top_k}.",
                 "At least one adapter must be kept.",
                 "Use top_k=1 or more, one such number for each part of the model (top_k=1,2,2,4), or top_k=none for all.",
+                code="E_OPTION",
             )
         if not 0 < self.temperature < math.inf:
-            raise UsageError(f"temperature={self.temperature}.", "It divides the scores.", "Use a positive, finite number.")
+            raise UsageError(
+                f"temperature={self.temperature}.", "It divides the scores.", "Use a positive, finite number.", code="E_OPTION"
+            )
         if not 0 < self.p <= 1:
-            raise UsageError(f"p={self.p}.", "It is a share of the probability.", "Use a number above 0 and at most 1.")
+            raise UsageError(
+                f"p={self.p}.", "It is a share of the probability.", "Use a number above 0 and at most 1.", code="E_OPTION"
+            )
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UsageError(f"threshold={self.threshold}.", "Scores are compared with it.", "Use a finite number.")
+            raise UsageError(
+                f"threshold={self.threshold}.", "Scores are compared with it.", "Use a finite number.", code="E_OPTION"
+            )
         if not 0 < self.quantile < 1:
-            raise UsageError(f"quantile={self.quantile}.", "It is a share of tokens.", "Use a number between 0 and 1.")
+            raise UsageError(
+                f"quantile={self.quantile}.", "It is a share of tokens.", "Use a number between 0 and 1.", code="E_OPTION"
+            )
         if not 0 < self.q < math.inf:
             raise UsageError(
-                f"q={self.q}.", "Probabilities are raised to it.", "Use a positive, finite number; 1 is Shannon's."
+                f"q={self.q}.",
+                "Probabilities are raised to it.",
+                "Use a positive, finite number; 1 is Shannon's.",
+                code="E_OPTION",
             )
         if not 0 <= self.entropy <= 1:
-            raise UsageError(f"entropy={self.entropy}.", "It is a share of the largest entropy.", "Use a number from 0 to 1.")
+            raise UsageError(
+                f"entropy={self.entropy}.",
+                "It is a share of the largest entropy.",
+                "Use a number from 0 to 1.",
+                code="E_OPTION",
+            )
         if self.standardise is not None and not 0 < self.standardise < math.inf:
-            raise UsageError(f"standardise={self.standardise}.", "Scores are scaled by it.", "Use a positive, finite number.")
+            raise UsageError(
+                f"standardise={self.standardise}.",
+                "Scores are scaled by it.",
+                "Use a positive, finite number.",
+                code="E_OPTION",
+            )
         if self.ranks is not None and self.ranks < 1:
-            raise UsageError(f"ranks={self.ranks}.", "At least one component must act.", "Use ranks=1 or more, or ranks=none.")
+            raise UsageError(
+                f"ranks={self.ranks}.",
+                "At least one component must act.",
+                "Use ranks=1 or more, or ranks=none.",
+                code="E_OPTION",
+            )
         if self.shared and not self.abstains:
             raise UsageError(
                 "shared=true with weights that sum to 1.",
                 "The average gets what the policy leaves to the base, and that is nothing.",
                 "Add renormalise=false, or policy=null.",
+                code="E_OPTION",
             )
 
     @property
@@ -135,7 +163,10 @@ class Policy:
         """The number for a group's part of the model."""
         if group is None:
             raise UsageError(
-                f"top_k={self.top_k} with one decision for all of the model.", "It has no parts then.", "Use one number."
+                f"top_k={self.top_k} with one decision for all of the model.",
+                "It has no parts then.",
+                "Use one number.",
+                code="E_OPTION",
             )
         ks = _numbers(self.top_k)
         return ks[min(int(group.depth * len(ks)), len(ks) - 1)]

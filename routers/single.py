@@ -50,10 +50,13 @@ class Single(StaticRouter):
                 "single uses one adapter everywhere, and was not told which.",
                 "A profile says which is the best one.",
                 "Add --profile NAME, or name it: -o adapter=NAME",
+                code="E_NEEDS_PROFILE",
             )
         chosen = config.adapter if config.adapter is not None or profile is None else profile.best_single
         if chosen is not None and chosen not in model.adapters:
-            raise UsageError(f"There is no adapter {chosen!r} to use.", "", f"Choose {choices(model.adapters)}.")
+            raise UsageError(
+                f"There is no adapter {chosen!r} to use.", "", f"Choose {choices(model.adapters)}.", code="E_UNKNOWN"
+            )
         weights_E = torch.tensor([float(name == chosen) for name in model.adapters])
         router = cls(model.adapters, config, weights_E)
         router.report = {"adapter": chosen or "base"}
@@ -67,5 +70,10 @@ class Single(StaticRouter):
     def without(self, name: str) -> Self:
         keep = columns.rest(self, name)
         if self.weights_E[self.adapters.index(name)]:
-            raise UsageError(f"{name} is the adapter that this router uses.", "Without it nothing is left.", "Build it again.")
+            raise UsageError(
+                f"{name} is the adapter that this router uses.",
+                "Without it nothing is left.",
+                "Build it again.",
+                code="E_FIXED",
+            )
         return type(self)([self.adapters[e] for e in keep], self.config, self.weights_E[keep])

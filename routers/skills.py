@@ -70,9 +70,9 @@ class SkillsConfig:
 
     def __post_init__(self) -> None:
         if self.recruits < 1:
-            raise UsageError(f"recruits={self.recruits}.", "Somebody has to answer.", "Use 1 or more.")
+            raise UsageError(f"recruits={self.recruits}.", "Somebody has to answer.", "Use 1 or more.", code="E_OPTION")
         if not -1 <= self.floor <= 1:
-            raise UsageError(f"floor={self.floor}.", "It is a cosine.", "Use a number from -1 to 1.")
+            raise UsageError(f"floor={self.floor}.", "It is a cosine.", "Use a number from -1 to 1.", code="E_OPTION")
 
 
 @dataclass
@@ -179,7 +179,10 @@ class Skills(SequenceRouter):
     def without(self, name: str) -> Self:
         if name not in self.adapters or len(self.adapters) == 1:
             raise UsageError(
-                f"The router cannot let go of {name}.", f"It holds {', '.join(self.adapters)}.", "Name one of several."
+                f"The router cannot let go of {name}.",
+                f"It holds {', '.join(self.adapters)}.",
+                "Name one of several.",
+                code="E_FIXED",
             )
         kept = [0, *(1 + e for e, other in enumerate(self.adapters) if other != name)]
         return self._changed(tuple(other for other in self.adapters if other != name), self.profile_VC[:, kept])
@@ -287,7 +290,12 @@ class Skills(SequenceRouter):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.skills_VD, self.profile_VC = tensors["skills"], tensors["profile"]
         if self.profile_VC.shape != (len(self.skills_VD) + 1, len(self.candidates)) or len(self.skills) != len(self.skills_VD):
-            raise InputError("The profile has not a row per skill and a column per candidate.", "", "Build the router again.")
+            raise InputError(
+                "The profile has not a row per skill and a column per candidate.",
+                "",
+                "Build the router again.",
+                code="E_ROUTER",
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- whole numbers

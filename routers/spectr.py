@@ -61,10 +61,15 @@ class SpectrConfig(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shortlist is not None and self.shortlist < 1:
-            raise UsageError(f"shortlist={self.shortlist}.", "It is a count.", "Use 1 or more, or none for all.")
+            raise UsageError(
+                f"shortlist={self.shortlist}.", "It is a count.", "Use 1 or more, or none for all.", code="E_OPTION"
+            )
         if self.equal and self.shared:
             raise UsageError(
-                "equal=true with shared=true.", "The average keeps all adapters, and all would weigh the same.", ""
+                "equal=true with shared=true.",
+                "The average keeps all adapters, and all would weigh the same.",
+                "",
+                code="E_OPTION",
             )
 
     def weights(self, scores_E: Tensor, group: Group | None = None, threshold: float | None = None) -> Tensor:
@@ -145,6 +150,7 @@ class Spectr(Router):
                 f"The router has no gate for {', '.join(missing)}.",
                 "It was built for other adapters or for another base.",
                 "Build it again for this zoo.",
+                code="E_ROUTER",
             )
         return _Norms([self.spectra[site] for site in group.sites], self.config.shortlist)
 
@@ -166,7 +172,9 @@ class Spectr(Router):
             if one.rank_E.shape != (len(self.adapters),) or one.rank_E.sum() != len(one.v_RD)
         ]
         if wrong:
-            raise InputError(f"The bases at {wrong[0]} are not those of its adapters.", "", "Build the router again.")
+            raise InputError(
+                f"The bases at {wrong[0]} are not those of its adapters.", "", "Build the router again.", code="E_ROUTER"
+            )
 
 
 def _stacked(held: Sequence[Factors | None], width: int, score: Score) -> Spectra:

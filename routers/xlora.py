@@ -94,20 +94,25 @@ class XLoraConfig(Policy):
         for name, least in counts:
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"{name}={value}.", "It is a count.", f"Use {name}={least} or more.")
+                raise UsageError(f"{name}={value}.", "It is a count.", f"Use {name}={least} or more.", code="E_OPTION")
         for name in ("ridge", "sharpness", "lr"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name}={getattr(self, name)}.", "", "Use a positive, finite number.")
+                raise UsageError(f"{name}={getattr(self, name)}.", "", "Use a positive, finite number.", code="E_OPTION")
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout={self.dropout}.", "It is a share of what is dropped.", "Use 0 or more, below 1.")
+            raise UsageError(
+                f"dropout={self.dropout}.", "It is a share of what is dropped.", "Use 0 or more, below 1.", code="E_OPTION"
+            )
         if self.checkpoint is None and self.depth > 1 and self.init != "random":
             raise UsageError(
                 f"init={self.init} with depth={self.depth}.",
                 "It is known for one linear layer only.",
                 "Add init=random, or depth=1.",
+                code="E_OPTION",
             )
         if self.checkpoint is None and self.init == "random" and self.steps == 0:
-            raise UsageError("init=random with steps=0.", "That routes by chance.", "Add steps=100, or init=ridge.")
+            raise UsageError(
+                "init=random with steps=0.", "That routes by chance.", "Add steps=100, or init=ridge.", code="E_OPTION"
+            )
 
 
 @dataclass
@@ -257,6 +262,7 @@ class XLora(Router):
                 f"The classifier has no head for {group.name}.",
                 "It was fitted for other adapters or for another base.",
                 "Build it again for this zoo.",
+                code="E_ROUTER",
             )
         numbers = [n for n in own if n is not None]
         return _Gate(group.stream, numbers if len(set(numbers)) > 1 else numbers[:1])
@@ -290,7 +296,9 @@ class XLora(Router):
         self._placed.clear()
         wrong = [name for name, (w_EH, _) in self.heads.items() if w_EH.ndim != 2 or len(w_EH) != len(self.adapters)]
         if wrong or not self.heads:
-            raise InputError("The classifier does not give one score per adapter.", "", "Build the router again.")
+            raise InputError(
+                "The classifier does not give one score per adapter.", "", "Build the router again.", code="E_ROUTER"
+            )
 
 
 class _Gate(Gate):

@@ -96,7 +96,9 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     raise ValueError("no object")
                 return said, load_file(folder / weights)
             except (ValueError, OSError, SafetensorError) as error:
-                raise InputError(f"{folder} cannot be read ({error}).", "", "Save the checkpoint again.") from None
+                raise InputError(
+                    f"{folder} cannot be read ({error}).", "", "Save the checkpoint again.", code="E_ROUTER"
+                ) from None
     pickled = (folder / "xlora_classifier.pt").exists()
     raise InputError(
         f"{folder} holds no X-LoRA checkpoint.",
@@ -104,6 +106,7 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if pickled
         else f"It needs {' and '.join(_FILES[0])}, or {' and '.join(_FILES[1])}.",
         "Save it with safe_serialization=True." if pickled else "",
+        code="E_ROUTER",
     )
 
 
@@ -125,7 +128,10 @@ def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
         wrong = f"It multiplies all updates by {config['global_scaling_weight']} (global_scaling_weight)."
     if wrong:
         raise InputError(
-            f"{folder} cannot be taken over exactly.", wrong, "Fit one instead: recycle build-router xlora --profile NAME"
+            f"{folder} cannot be taken over exactly.",
+            wrong,
+            "Fit one instead: recycle build-router xlora --profile NAME",
+            code="E_ROUTER",
         )
 
 
@@ -144,6 +150,7 @@ def _layers(folder: Path, weights: Mapping[str, Tensor], depth: int) -> list[Lin
             f"{folder} holds {len(found)} of the classifier's {depth} layers.",
             "PEFT up to 0.21 loses those whose number is also an adapter's name when it saves.",
             "Save the classifier's own state_dict() as xlora_classifier.safetensors beside xlora_config.json.",
+            code="E_ROUTER",
         )
     return [found[place] for place in sorted(found)]
 
@@ -158,4 +165,5 @@ def _check_shapes(folder: Path, layers: Sequence[Linear], width: int, adapters: 
             f"It should read {width} numbers, and give {len(places)} × {adapters}: "
             f"{'sites' if len(places) > 1 else 'one set'} × adapters.",
             "Use the base and the adapters it was trained with.",
+            code="E_ROUTER",
         )

@@ -50,32 +50,69 @@ def look(source: Source) -> tuple[str, list[FileFact], tuple[str, ...]]:
     place = folder / source.subfolder if source.subfolder else folder
     if not (place / inspect.CONFIG).is_file():
         raise _missing(source, "is not in the client's cache")
-    facts = []
-    for path in sorted(place.rglob("*")):
-        if path.is_file():
-            sha256, blob = _hash_of(path)
-            facts.append(FileFact(path.relative_to(folder).as_posix(), path.stat().st_size, sha256, blob))
+    facts = _facts(folder, place)
     if not any(path.is_file() and path.name not in (inspect.CONFIG, inspect.CARD) for path in place.iterdir()):
         raise _missing(source, "is in the client's cache without its weights")
     return folder.name, facts, notes
 
 
-def _snapshot(source: Source) -> tuple[Path, tuple[str, ...]]:
-    """The folder that the cache has for the source's revision, in the layout that the client documents; it may not exist."""
+def contents(source: Source, marker: str, cache_dir: str | Path | None = None) -> tuple[str, list[FileFact], tuple[str, ...]]:
+    """(commit, all files, notes) of a repository as far as the cache holds it, as `look`.
+
+    Args:
+        marker: the file without which it is not what is looked for.
+
+    Raises:
+        HubError: it is not there.
+    """
+    folder, notes = _snapshot(source, marker, cache_dir)
+    if not (folder / marker).is_file():
+        raise _missing(source, "is not in the client's cache")
+    return folder.name, _facts(folder, folder), notes
+
+
+def remember(source: Source, commit: str, cache_dir: str | Path | None = None) -> None:
+    """Note in the cache which commit a branch or tag was at, as the client does where it is asked for one by its name."""
+    name = source.revision or "main"
+    if ".." not in name:
+        ref = home(source.repo, cache_dir) / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, "utf-8")
+
+
+def home(repo: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder that the cache has for a repository; it may not exist."""
     from huggingface_hub import constants
 
-    home = Path(constants.HF_HUB_CACHE) / f"models--{source.repo.replace('/', '--')}"
+    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
+
+
+def _facts(folder: Path, place: Path) -> list[FileFact]:
+    """The files under `place`, with the hashes that the cache's layout gives them; their paths begin at `folder`."""
+    facts = []
+    for path in sorted(place.rglob("*")):
+        if path.is_file():
+            sha256, blob = _hash_of(path)
+            facts.append(FileFact(path.relative_to(folder).as_posix(), path.stat().st_size, sha256, blob))
+    return facts
+
+
+def _snapshot(
+    source: Source, marker: str = inspect.CONFIG, cache_dir: str | Path | None = None
+) -> tuple[Path, tuple[str, ...]]:
+    """The folder that the cache has for the source's revision, in the layout that the client documents; it may not exist."""
+    folder = home(source.repo, cache_dir)
     if source.pinned:
-        return home / "snapshots" / str(source.revision), ()
-    ref = home / "refs" / (source.revision or "main")
+        return folder / "snapshots" / str(source.revision), ()
+    ref = folder / "refs" / (source.revision or "main")
     if ref.is_file():
-        return home / "snapshots" / ref.read_text("utf-8").strip(), ()
+        return folder / "snapshots" / ref.read_text("utf-8").strip(), ()
     if source.revision is not None:
-        return home / "snapshots" / source.revision, ()
-    held = [path for path in (home / "snapshots").glob("*") if (path / source.subfolder / inspect.CONFIG).is_file()]
+        return folder / "snapshots" / source.revision, ()
+    held = [path for path in (folder / "snapshots").glob("*") if (path / source.subfolder / marker).is_file()]
     held.sort(key=lambda path: path.stat().st_mtime)
     if not held:
-        return home / "snapshots" / "none", ()
+        return folder / "snapshots" / "none", ()
     several = f"the cache holds it at {len(held)} commits; this is what came last" if len(held) > 1 else ""
     return held[-1], (several,) if several else ()
 
@@ -91,4 +128,5 @@ def _missing(source: Source, what: str) -> HubError:
         f"{printable(source.text)} was not fetched: offline mode is on, and it {what}.",
         "HF_HUB_OFFLINE is set or --offline was given, so no request is made.",
         "Fetch it once with the network; what is in the zoo or in the cache needs none afterwards.",
+        code="E_OFFLINE",
     )

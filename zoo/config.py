@@ -51,6 +51,12 @@ _UNSUPPORTED = {
     "arrow_config": "it is itself a router",
     "megatron_config": "its linears are sharded by Megatron",
 }
+_CODES = {
+    "bias": "E_BIAS",
+    "modules_to_save": "E_MODULES_TO_SAVE",
+    "trainable_token_indices": "E_VOCABULARY",
+    "layer_replication": "E_VOCABULARY",
+}
 # AdaLoraConfig has all of these beside LoraConfig's. PEFT's AdaLoRA layers look at none of the second group.
 _ADALORA_READ = {"init_r"}
 _ADALORA_WITHOUT_EFFECT = {
@@ -104,6 +110,7 @@ def parse_config(raw: bytes, where: str) -> Settings:
             f"{printable(where)} is no LoRA: its peft_type is {printable(given)} ({kind.name}).",
             "It cannot be read as factors; it must be converted into them.",
             "Fetch it, with --base where its base is not to be had: recycle fetch converts it and says what that loses.",
+            code="E_FORMAT",
         )
     problems = Problems(where)
     if kind.how != "read":
@@ -152,6 +159,7 @@ def _unusable(where: str, given: Any, kind: Kind) -> InputError:
         f"{printable(where)} cannot be used: its peft_type is {named}.",
         kind.why,
         kind.fix or f"Read as they are: {READ}. Converted: {CONVERTED}.",
+        code="E_FORMAT",
     )
 
 
@@ -221,7 +229,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         why = "It is nested too deeply."
     if why:
         fix = "Fetch it again, or take it from the checkpoint."
-        raise InputError(f"{printable(where)}: adapter_config.json cannot be used.", why, fix)
+        raise InputError(f"{printable(where)}: adapter_config.json cannot be used.", why, fix, code="E_CONFIG")
     return dict(config)
 
 
@@ -290,6 +298,12 @@ def _by_path(masks: Mapping[str, list[bool]], problems: Problems) -> dict[str, t
     return found
 
 
+def _code(heading: str, item: str) -> str:
+    if heading.startswith(("rank in the config", "A and B disagree")):
+        return "E_RANK"
+    return "E_VOCABULARY" if "embeddings" in heading else _CODES.get(item.partition("=")[0], "E_CONFIG")
+
+
 class Problems:
     """Collects what is wrong, under headings, so that one error names everything."""
 
@@ -301,7 +315,13 @@ class Problems:
         if items:
             self.found.setdefault(heading, []).extend(items)
 
+    @property
+    def code(self) -> str:
+        """The one that all problems share, else that of a config which cannot be read exactly."""
+        codes = {_code(heading, item) for heading, items in self.found.items() for item in items}
+        return codes.pop() if len(codes) == 1 else "E_CONFIG"
+
     def raise_any(self, fix: str) -> None:
         if self.found:
             text = "; ".join(f"{heading}: {shorten(items)}" for heading, items in self.found.items())
-            raise InputError(f"{printable(self.where)} cannot be read exactly.", f"{text}.", fix)
+            raise InputError(f"{printable(self.where)} cannot be read exactly.", f"{text}.", fix, code=self.code)

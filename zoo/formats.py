@@ -287,6 +287,7 @@ def _load(weights: Path, sites: Mapping[str, SitePlan], name: str) -> tuple[dict
             f"{printable(name)}: {inspect.WEIGHTS} breaks the rules of safetensors: {printable(error)}.",
             "Tensors overlap, leave holes or lie outside the file, so its contents are ambiguous.",
             "Get the file again from its author.",
+            code="E_HEADER",
         ) from error
     sites = _check_values(tensors, sites, name)
     factors = {path: site.factors(tensors) for path, site in sites.items()}
@@ -314,5 +315,6 @@ def _check_values(tensors: Mapping[str, Tensor], sites: Mapping[str, SitePlan], 
             f"{printable(name)}: not a number of ranks: {shorten(wrong)}.",
             "The scale is α divided by it.",
             "Take it from another checkpoint.",
+            code="E_CONFIG",
         )
     return {path: site for path, site in sites.items() if path not in silent}

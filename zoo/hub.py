@@ -84,6 +84,7 @@ def look(
             f"{source.text} has no adapter at this place.",
             f"Its adapters lie in subfolders: {shorten(sorted(elsewhere))}.",
             f"Name one, e.g. {source.repo}{at}/{sorted(elsewhere)[0]}",
+            code="E_NO_ADAPTER",
         )
     if own is None:
         own = inspect.check_listing(source.text, sizes, max_bytes)
@@ -216,7 +217,7 @@ def snapshot(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """Download a composed model: all data in the repository, at one commit, with contents checked.
+    """Download all data in a repository, at one commit, with contents checked.
 
     Args:
         repo: ``org/name``. revision: branch, tag or commit; the default branch where None.
@@ -235,13 +236,62 @@ def snapshot(
     if not data or listing.size > max_bytes:
         raise InputError(
             f"{source.text} holds {len(data)} data files of {listing.size / 1e6:,.0f} MB.",
-            f"A composed model has some, and at most {max_bytes / 1e6:,.0f} MB." if data else "That is no model.",
+            f"It may have at most {max_bytes / 1e6:,.0f} MB." if data else "There is nothing to read.",
             "Check the repository's id, or raise max_bytes.",
+            code="E_TOO_LARGE",
         )
     # The path inside the repository leads back up from any file to the folder that holds them all.
     paths = {p: _fetch_file(source, listing, f, None, token, endpoint)[0] for p, f in data.items()}
     path, cached = next(iter(paths.items()))
     return Path(cached).parents[path.count("/")]
+
+
+def contents(
+    source: Source,
+    marker: str,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Listing:
+    """Everything that a repository holds at one commit, names vetted. One request, none offline, where it is what the cache holds.
+
+    Args:
+        marker: the file that makes it what is looked for, by which the cache is searched.
+        cache_dir: in place of the client's own cache.
+
+    Raises:
+        HubError: it is not to be had. SecurityError: names that could do harm.
+    """
+    if client_cache.is_offline():
+        commit, everything, notes = client_cache.contents(source, marker, cache_dir)
+        return Listing(source.repo, commit, {fact.path: fact for fact in everything}, notes=notes, by="the cache")
+    repo, commit, everything, licence = _list(source, token, endpoint)
+    notes = () if repo == source.repo else (f"{printable(source.repo)} is now called {printable(repo)}",)
+    return Listing(repo, commit, {fact.path: fact for fact in everything}, licence=licence, notes=notes)
+
+
+def checked(
+    source: Source,
+    listing: Listing,
+    name: str,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+    afresh: bool = False,
+) -> tuple[Path, tuple[str, ...]]:
+    """One of the listed files in the client's cache, with its contents checked, and what there is to say about it.
+
+    Args:
+        afresh: fetch it again where it is in the cache.
+
+    Raises:
+        As `download_files`.
+    """
+    fact = listing.files[name]
+    path, _, notes = _fetch_file(source, listing, fact, None, token, endpoint, cache_dir=cache_dir, afresh=afresh)
+    return path, tuple(notes)
 
 
 def peek(repo: str, *, revision: str | None = None) -> list[str] | None:
@@ -310,6 +360,7 @@ def _cached(
     token: str | bool | None,
     endpoint: str | None,
     on_bytes: OnBytes | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Path:
     """The file in the client's cache, of the listing's commit; its contents are not checked yet."""
     from huggingface_hub import hf_hub_download
@@ -322,6 +373,7 @@ def _cached(
             token=token,
             endpoint=endpoint,
             force_download=afresh,
+            cache_dir=cache_dir,
             tqdm_class=counter(on_bytes),
         )
 
@@ -339,6 +391,9 @@ def _fetch_file(
     target: Path | None,
     token: str | bool | None,
     endpoint: str | None,
+    *,
+    cache_dir: str | Path | None = None,
+    afresh: bool = False,
 ) -> tuple[Path, str, list[str]]:
     """Copy one file to `target`, or leave it in the client's cache where that is None.
 
@@ -346,14 +401,14 @@ def _fetch_file(
         Where it is, its sha256, and a note where the cache had to be healed.
     """
     offline = client_cache.is_offline()
-    tries = (False,) if offline else (False, True)
-    for afresh in tries:
-        cached = _cached(source, listing, fact, afresh, token, endpoint)
+    tries = (False,) if offline else (afresh, True)
+    for again, anew in enumerate(tries):
+        cached = _cached(source, listing, fact, anew, token, endpoint, cache_dir=cache_dir)
         # Hashed after copying, so that what is vetted is what was hashed.
         path = cached if target is None else Path(shutil.copyfile(cached, target))
         sha256, blob = inspect.hashes(path)
         if sha256 == fact.sha256 if fact.sha256 else blob == fact.blob:
-            return path, sha256, [f"{path.name} was damaged in the cache and fetched again"] if afresh else []
+            return path, sha256, [f"{path.name} was damaged in the cache and fetched again"] if again else []
         if offline and fact.sha256 is None and fact.blob is None:
             return path, sha256, [f"{path.name} is not checked: this cache keeps no hashes, and no request is made"]
     if target is not None:
@@ -363,6 +418,7 @@ def _fetch_file(
         + (", twice." if len(tries) > 1 else "."),
         f"Expected {fact.sha256 or fact.blob}, got {sha256 if fact.sha256 else blob}: damaged or changed.",
         "Try again over another network; if it stays so, tell the repository's owner.",
+        code="E_HASH",
     )
 
 
@@ -371,4 +427,5 @@ def _other_commit(source: Source, commit: str) -> SecurityError:
         f"{source.text}: the answer is of commit {printable(commit)}, which is not the one that was asked for.",
         "Contents that are pinned to one commit must not come from another.",
         "Something between here and the Hub changes answers. Try again over another network.",
+        code="E_HASH",
     )

@@ -33,60 +33,73 @@ def explain(repo: str, revision: str | None, error: Exception) -> HubError | Non
             f"{where} was not fetched: offline mode is on.",
             "HF_HUB_OFFLINE is set, and no request is made.",
             "Unset it to fetch. What is in the zoo already needs no network.",
+            code="E_OFFLINE",
         )
     if inside(errors.GatedRepoError):
         return HubError(
             f"{where} is gated.",
             "Its owner wants you to accept conditions first.",
             f"Accept them on {page}, then log in with: hf auth login",
+            code="E_GATED",
         )
     if inside(errors.DisabledRepoError):
-        return HubError(f"{where} is disabled.", "The Hub or its owner took it down.", "Choose another adapter.")
+        return HubError(
+            f"{where} is disabled.", "The Hub or its owner took it down.", "Choose another adapter.", code="E_NOT_FOUND"
+        )
     if inside(errors.RevisionNotFoundError):
         return HubError(
             f"{where} has no revision {printable(revision)}.",
             "It was renamed or deleted, or is mistyped.",
             f"Look up branches and commits on {page}.",
+            code="E_NOT_FOUND",
         )
     if inside(errors.RepositoryNotFoundError) or status in (401, 404):
         return HubError(
             f"{where} was not found.",
             "It is missing or private, or the access token is not valid; the Hub does not tell these apart.",
             "Check the spelling. If it is private, log in with: hf auth login",
+            code="E_NOT_FOUND",
         )
     if status == 403:
         return HubError(
             f"The Hub refuses access to {where}.",
             "Your token does not allow it.",
             "Log in with a token that may read it: hf auth login",
+            code="E_AUTH",
         )
     if status == 429:
         return HubError(
             f"The Hub's rate limit was reached at {where}.",
             "Too many requests in the last five minutes, from you or from your network.",
             "Wait five minutes and run it again; what was fetched stays. Logging in helps: hf auth login",
+            code="E_RATE_LIMIT",
         )
     if status is not None:
-        return HubError(f"The Hub answered {status} for {where}.", "The fault is on its side.", "Run it again later.")
+        return HubError(
+            f"The Hub answered {status} for {where}.", "The fault is on its side.", "Run it again later.", code="E_UNREACHABLE"
+        )
     if inside(errors.HFValidationError):
-        return HubError(f"{where} is no valid name on the Hub.", "It cannot exist.", "Check the spelling.")
+        return HubError(f"{where} is no valid name on the Hub.", "It cannot exist.", "Check the spelling.", code="E_NOT_FOUND")
     if _transport(error) or inside(ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
         return HubError(
             f"{where} could not be fetched: the Hub cannot be reached.",
             f"{printable(type(_chain(error)[-1]).__name__)}: {printable(_chain(error)[-1])}.",
             "Check the network and any proxy, then run it again; what was fetched stays.",
+            code="E_UNREACHABLE",
         )
     if _in_xet(error):
         return HubError(
             f"{where} could not be fetched from the Hub's Xet store.",
             f"{type(error).__name__}: {printable(error)}.",
             "Run it again; what was fetched stays. To go around that store, set HF_HUB_DISABLE_XET=1.",
+            code="E_UNREACHABLE",
         )
     if isinstance(error, OSError) or inside(ValueError, KeyError):  # short bodies, no JSON
         return HubError(
             f"{where} could not be fetched.",
             f"{type(error).__name__}: {printable(error)}.",
             "Run it again; if it stays so, something between here and the Hub changes the answers.",
+            code="E_UNREACHABLE",
         )
     return None
 
@@ -195,4 +208,5 @@ def too_long(seconds: float) -> HubError:
         f"The Hub asks to wait {seconds / 60:,.0f} minutes before the next request.",
         "Its rate limits are counted over five minutes, so this is no ordinary limit.",
         "Run it again later; what was fetched stays. Logging in helps: hf auth login",
+        code="E_RATE_LIMIT",
     )

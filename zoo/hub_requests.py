@@ -47,8 +47,8 @@ class StopError(HubError):
         seconds: until the budget is full again, None where that is not known.
     """
 
-    def __init__(self, what: str, why: str, advice: str, seconds: int | None = None) -> None:
-        super().__init__(what, why, advice)
+    def __init__(self, what: str, why: str, advice: str, seconds: int | None = None, *, code: str | None = None) -> None:
+        super().__init__(what, why, advice, code=code)
         self.advice = advice
         self.seconds = seconds
 
@@ -236,7 +236,7 @@ class Wire:
             if is_limit(error):
                 self._stopped.setdefault(bucket, self._used_up(None))
             elif self._given_up >= _DEAD:
-                gone = StopError(failure.what, failure.why, "the Hub stopped answering; run it again later")
+                gone = StopError(failure.what, failure.why, "the Hub stopped answering; run it again later", code=failure.code)
                 self._stopped.setdefault(bucket, gone)
             return self._stopped.get(bucket, failure)
 
@@ -244,7 +244,13 @@ class Wire:
         whose = "the anonymous budget" if self.anonymous else "your token's budget"
         when = "in a few minutes" if seconds is None else f"in {seconds} s"
         advice = f"{whose} is used up; {'set HF_TOKEN or ' if self.anonymous else ''}continue {when}"
-        return StopError("The Hub's rate limit was reached.", "It counts requests in windows of five minutes.", advice, seconds)
+        return StopError(
+            "The Hub's rate limit was reached.",
+            "It counts requests in windows of five minutes.",
+            advice,
+            seconds,
+            code="E_RATE_LIMIT",
+        )
 
 
 def _kind(error: BaseException) -> str | None:

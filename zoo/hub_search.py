@@ -145,6 +145,7 @@ def collection(slug: str, *, token: str | bool | None = None, endpoint: str | No
             f"{printable(slug)!r} is no collection.",
             "A collection is written owner/title-0123abcd.",
             "Copy it from the address of its page, behind /collections/.",
+            code="E_SOURCE",
         )
 
     def read(answer: Answer) -> list[str]:

@@ -83,7 +83,10 @@ def files_of(names: Iterable[str], layout: str, only: Collection[str] | None = N
     chosen = [stem for stem in pairs if _wanted(stem, only)]
     if not chosen:
         raise UsageError(
-            f"No expert is called {shorten(map(printable, only or ()))}.", f"There are {shorten(pairs)}.", "Choose of these."
+            f"No expert is called {shorten(map(printable, only or ()))}.",
+            f"There are {shorten(pairs)}.",
+            "Choose of these.",
+            code="E_UNKNOWN",
         )
     return [file for stem in chosen for file in (f"{stem}.ckpt", f"{stem}.meta")] + about
 
@@ -142,7 +145,9 @@ def adapters(
         SecurityError: a pickle that is more than tensors, see `unpickle.open_pickles`; a link out of the folder.
     """
     if not folder.is_dir():
-        raise InputError(f"{printable(folder)} is not a folder.", fix="Give the folder that holds the adapters.")
+        raise InputError(
+            f"{printable(folder)} is not a folder.", fix="Give the folder that holds the adapters.", code="E_FILES"
+        )
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     found = layout_of(sizes) if layout == "auto" else layout
     files = files_of(sizes, found, only) if found else []
@@ -152,6 +157,7 @@ def adapters(
             f"{printable(folder)} holds no adapters of {'any known' if found is None else 'this'} layout.",
             "Known are peft (adapter_model.bin), mttl (.ckpt with .meta) and phatgoose (best.pt).",
             "Point at the folder that holds such files, and name the layout with --layout.",
+            code="E_NO_ADAPTER",
         )
     _refuse_links(folder, files)
     run = _Import(folder, found, base if match.is_hub_id(base) else None, into, only, name or slug(folder.resolve().name))
@@ -173,6 +179,7 @@ def adapters(
             f"No adapter is called {shorten(map(printable, missing))}.",
             f"There are {shorten(map(printable, run.seen))}.",
             "Choose of these.",
+            code="E_UNKNOWN",
         )
     return sorted(folders)
 
@@ -216,6 +223,7 @@ class _Import:
                                 f"{printable(target)} is there already.",
                                 "Two adapters of one name would replace each other.",
                                 "Import them one at a time, into different folders.",
+                                code="E_IMPORT",
                             )
                         folders[target.name] = self._keep(part, target, reports)
             except RecycleError as error:
@@ -237,7 +245,9 @@ class _Import:
     def _parts(self, label: str, reports: Mapping[str, Report]) -> Iterator[Part | _Whole]:
         weights, *about = reports.values()
         if not weights.weights:
-            raise InputError(f"{printable(label)} holds no tensors.", "There is nothing to import.", "Fetch it again.")
+            raise InputError(
+                f"{printable(label)} holds no tensors.", "There is nothing to import.", "Fetch it again.", code="E_EMPTY"
+            )
         if self.layout == "peft":
             yield _Whole(label, weights.weights)
             return
@@ -253,6 +263,7 @@ class _Import:
                         f"{printable(label)} was removed from its library.",
                         "Its .meta says expert_deleted, and mttl would not load it.",
                         "Leave it out.",
+                        code="E_IMPORT",
                     )
             elif _MTTL_PAIR[0] in reports:
                 facts["info"] = _read_json(self.folder / _MTTL_PAIR[1])
@@ -261,7 +272,10 @@ class _Import:
                 shown, facts["info"] = mttl.parts_of(state, weights.facts)
             if self.layout == "mttl" and not isinstance(facts["info"], Mapping):
                 raise InputError(
-                    f"{printable(label)}: what describes it is no object.", "Its scale is unknown.", "Fetch it again."
+                    f"{printable(label)}: what describes it is no object.",
+                    "Its scale is unknown.",
+                    "Fetch it again.",
+                    code="E_IMPORT",
                 )
             if self.layout == "mttl" and not about:
                 facts["name"] = facts["info"].get("expert_name") or label
@@ -317,7 +331,12 @@ class _Whole:
 
     def write(self, folder: Path) -> None:
         if len(self.weights) > 1:
-            raise InputError(f"{printable(self.name)} holds too many tensors.", "No adapter has so many.", "Leave it out.")
+            raise InputError(
+                f"{printable(self.name)} holds too many tensors.",
+                "No adapter has so many.",
+                "Leave it out.",
+                code="E_TOO_LARGE",
+            )
         shutil.move(self.weights[0], folder / WEIGHTS)
 
 
@@ -359,6 +378,7 @@ def _refuse_links(folder: Path, files: Iterable[str]) -> None:
             f"{printable(folder)}: {shorten(map(printable, escaping))} is a link that leads out of the folder.",
             "Following it could copy a file that was never meant to be shared.",
             "Replace the link by the file itself.",
+            code="E_LINK",
         )
 
 
@@ -371,5 +391,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{printable(path)} cannot be used: {printable(error)}.", "It says what the tensors mean.", "Fetch it again."
+            f"{printable(path)} cannot be used: {printable(error)}.",
+            "It says what the tensors mean.",
+            "Fetch it again.",
+            code="E_IMPORT",
         ) from error

@@ -146,6 +146,7 @@ def check_names(where: str, paths: Iterable[str]) -> None:
             f"{printable(where)} lists file names that could do harm: {shorten(bad)}.",
             "Such names are written to escape a folder, or to replace another file.",
             "Nothing was downloaded. Use another copy of the adapter, and tell the Hub of this one.",
+            code="E_HOSTILE_NAME",
         )
 
 
@@ -188,6 +189,7 @@ def check_listing(where: str, sizes: Mapping[str, int], max_bytes: int = MAX_BYT
                 f"{shown} holds its weights as a pickle only: {shorten(pickles)}.",
                 "Loading a pickle can run any code its author put there.",
                 f"Ask the author for {WEIGHTS}, or add --allow-pickle: it is then converted in a process that can do little harm.",
+                code="E_PICKLE",
             )
     missing = [name for name in (CONFIG, weights) if name not in sizes]
     if missing:
@@ -195,6 +197,7 @@ def check_listing(where: str, sizes: Mapping[str, int], max_bytes: int = MAX_BYT
             f"{shown} is no PEFT adapter: {shorten(missing)} missing.",
             "An adapter is a folder with these two files.",
             "Point at the folder that holds them; a checkpoint may lie in a subfolder.",
+            code="E_NO_ADAPTER",
         )
     files = own_files(sizes, allow_pickle=allow_pickle)
     swollen = [n for n in files if n != weights and sizes[n] > (MAX_CONFIG if n == CONFIG else _MAX_TEXT)]
@@ -203,6 +206,7 @@ def check_listing(where: str, sizes: Mapping[str, int], max_bytes: int = MAX_BYT
             f"{shown}: {shorten(f'{n} ({sizes[n]:,} bytes)' for n in swollen)} larger than such a file can be.",
             f"A config of more than {MAX_CONFIG:,} bytes, or a text of more than {_MAX_TEXT:,}, is none.",
             "Fetch it again, or take it from the checkpoint.",
+            code="E_TOO_LARGE",
         )
     total = sum(sizes[n] for n in files)
     if total > max_bytes:
@@ -210,6 +214,7 @@ def check_listing(where: str, sizes: Mapping[str, int], max_bytes: int = MAX_BYT
             f"{shown} holds {total / 1e6:,.0f} MB, more than the limit of {max_bytes / 1e6:,.0f} MB.",
             "An adapter is small next to its base; a file this large is rarely one.",
             "If it is meant, raise the limit with --max-size.",
+            code="E_TOO_LARGE",
         )
     return files
 
@@ -230,13 +235,14 @@ def check_folder(
     """
     called = str(folder) if where is None else where
     if not folder.is_dir():
-        raise InputError(f"{printable(called)} is not a folder.", fix="Give the folder that holds the adapter.")
+        raise InputError(f"{printable(called)} is not a folder.", fix="Give the folder that holds the adapter.", code="E_FILES")
     home = folder.resolve()
     if any("\ud800" <= character <= "\udfff" for character in str(home)):
         raise InputError(
             f"The path of {printable(called)} is not valid UTF-8.",
             "Neither safetensors nor a zoo.json can hold it.",
             "Rename the folder.",
+            code="E_FILES",
         )
     # In the Hub client's own cache, snapshots/<sha>/file is a link to blobs/<hash> of the same repository.
     snapshots = (at.parent for at in (home, *home.parents) if at.parent.name == "snapshots")
@@ -266,12 +272,14 @@ def check_folder(
             f"{printable(called)}: {shorten(sorted(escaping))} is a link that leads out of the folder.",
             "Following it could copy a file that was never meant to be shared.",
             "Replace the link by the file itself.",
+            code="E_LINK",
         )
     if odd:
         raise InputError(
             f"{printable(called)}: not regular files: {shorten(sorted(odd))}.",
             "Reading them could wait, or go on, for ever.",
             "Replace them by files.",
+            code="E_FILES",
         )
     if WEIGHTS not in sizes:
         sizes = {**dict.fromkeys(pickles, 0), **sizes}  # only to be named
@@ -287,6 +295,7 @@ def _check_count(where: str, count: int) -> None:
             f"{printable(where)} holds more than {_MAX_FILES:,} files.",
             "An adapter's folder holds a handful.",
             "Point at the folder that holds the adapter itself.",
+            code="E_TOO_LARGE",
         )
 
 
@@ -302,6 +311,7 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
             f"{printable(where)}: not floating-point numbers: {shorten(integers)}.",
             "Factors are real numbers; packed or quantised ones cannot be read exactly.",
             "Save the adapter in fp32, bf16 or fp16.",
+            code="E_DTYPE",
         )
     broken, zero = [], []
     for name, tensor in tensors.items():
@@ -317,12 +327,14 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
             f"{printable(where)}: NaN or infinite values in {shorten(broken)}.",
             "One such number spreads to every answer.",
             "Take an earlier checkpoint; training diverged or the file is damaged.",
+            code="E_NONFINITE",
         )
     if zero:
         raise InputError(
             f"{printable(where)}: {len(zero)} tensors are zero throughout: {shorten(zero)}.",
             "With A or B zero the update is zero: it is untrained, or DeepSpeed ZeRO-3 saved it ungathered.",
             "Save it again after training, gathered.",
+            code="E_EMPTY",
         )
 
 
@@ -335,7 +347,10 @@ def hashes(path: Path) -> tuple[str, str]:
     fact = path.stat()
     if not stat.S_ISREG(fact.st_mode):
         raise InputError(
-            f"{printable(path)} is no regular file.", "Reading it could wait, or go on, for ever.", "Replace it by a file."
+            f"{printable(path)} is no regular file.",
+            "Reading it could wait, or go on, for ever.",
+            "Replace it by a file.",
+            code="E_FILES",
         )
     sha256, blob = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
     blob.update(b"blob %d\0" % fact.st_size)

@@ -250,6 +250,7 @@ def require(licences: Mapping[str, str | None], allow: set[str] | None, *, stric
             if allow
             else "--strict asks for licences that are stated, known and agree.",
             "Leave those adapters out, ask their authors, or add to --license-allow what you accept.",
+            code="E_LICENCE",
         )
 
 

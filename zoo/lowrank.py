@@ -47,12 +47,13 @@ class Factored(NamedTuple):
 def check_dials(rank: int | None, energy: float | None) -> None:
     """Raises UsageError unless a rank is at least 1 and an energy above 0 and at most 1."""
     if rank is not None and rank < 1:
-        raise UsageError(f"A rank of {rank} holds nothing.", "", "Give a whole number above 0.")
+        raise UsageError(f"A rank of {rank} holds nothing.", "", "Give a whole number above 0.", code="E_OPTION")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(
             f"An energy of {energy:g} cannot be kept.",
             "It is the share of Σσ² that the kept singular values have.",
             "Give a number above 0 and at most 1, such as 0.99.",
+            code="E_OPTION",
         )
 
 
@@ -134,6 +135,7 @@ def factorise(delta_OD: Tensor, rank: int | None = None, energy: float | None = 
             "An update holds NaN or infinite values, or its norm overflows.",
             "One such number spreads to every answer.",
             "Take an earlier checkpoint; training diverged or the file is damaged.",
+            code="E_NONFINITE",
         )
     if norm_ == 0:
         return None
@@ -163,6 +165,7 @@ def _dense_svd(delta_OD: Tensor, norm_: float) -> Thin:
             f"The SVD of an update does not converge ({error}).",
             "Its values are of wildly different sizes.",
             "Check the adapter: it may be damaged.",
+            code="E_CONVERSION",
         ) from error
 
 

@@ -98,6 +98,7 @@ def check_name(name: str, given: str | None = None) -> str:
             f"{printable(given or name)!r} cannot name an adapter.",
             "In every table, `base` is the base itself, without adapters.",
             "Choose another with --as.",
+            code="E_NAME",
         )
     usable = _SLUG.fullmatch(name) and len(name) <= _MAX_NAME and not name.endswith(".")
     if not usable or name.split(".")[0] in _RESERVED:
@@ -105,6 +106,7 @@ def check_name(name: str, given: str | None = None) -> str:
             f"{printable(given or name)!r} cannot name an adapter.",
             f"Names become folders: a-z, 0-9, '.', '_', '-', at most {_MAX_NAME}, and not CON or NUL.",
             "Choose another with --as.",
+            code="E_NAME",
         )
     return name
 
@@ -123,11 +125,13 @@ def read_manifest(path: Path) -> dict[str, Entry]:
             f"{path} cannot be read: {why}.",
             "It is the list of what the zoo holds, and was cut or edited by hand.",
             "Restore it, or move it away and fetch the adapters again.",
+            code="E_MANIFEST",
         ) from error
     raise InputError(
         f"{path} has schema_version {printable(version)}; this version reads {SCHEMA_VERSION}.",
         "A newer recycle wrote it.",
         "Update with: pip install -U recycler",
+        code="E_NEWER",
     )
 
 

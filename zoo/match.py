@@ -47,6 +47,7 @@ def check_sites(
             f"{shorten(printable(path) for path in absent)}.",
             "An adapter that is placed in part does not do what it was trained to do.",
             _prefix_hint(absent, sites, shapes),
+            code="E_SITES",
         )
     wrong = [
         f"{printable(path)} (adapter {shape[0]}×{shape[1]}, base {shapes[path][0]}×{shapes[path][1]})"
@@ -58,6 +59,7 @@ def check_sites(
             f"{printable(name)} does not fit the base: {len(wrong)} of {len(sites)} sites differ in shape: {shorten(wrong)}.",
             "It was trained for a base of another size.",
             "Give the base that the adapter declares.",
+            code="E_SHAPES",
         )
     if targets is not None:
         wanted = set(targets)
@@ -68,6 +70,7 @@ def check_sites(
                 f"{shorten(printable(path) for path in outside)}.",
                 "Leaving them out would change what the adapter does.",
                 "Add them to the targets, or leave this adapter out.",
+                code="E_SITES",
             )
 
 
@@ -109,6 +112,7 @@ def require_one_base(bases: Mapping[str, str | None]) -> str | None:
             f"These adapters were trained for {len(groups)} different bases: {listing}.",
             "One model has one base.",
             "Choose the adapters of one base, or name a base folder if these are copies of the same model.",
+            code="E_BASE_MISMATCH",
         )
     return next(iter(groups), None)
 

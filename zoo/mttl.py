@@ -57,6 +57,7 @@ def split(state: Mapping[str, Tensor], info: Mapping[str, Any], name: str, *, ba
             f"{printable(name)} is an expert of mttl's modifier {printable(modifier)!r}.",
             "Only its LoRA adds an update of low rank to a linear.",
             "Leave it out.",
+            code="E_FORMAT",
         )
     alpha, rank = _number(config, "lora_alpha", _ALPHA, name), _number(config, "lora_rank", _RANK, name)
     halves = _halves(state, name)
@@ -78,6 +79,7 @@ def split(state: Mapping[str, Tensor], info: Mapping[str, Any], name: str, *, ba
             f"{printable(name)}: factors do not fit together at {len(wrong)} of {len(halves)} sites: {shorten(wrong)}.",
             "Its scale lora_alpha/lora_rank, or a part of it, would be a guess.",
             "Fetch it again, or ask its author.",
+            code="E_IMPORT",
         )
     if any(_OLD_PHI.fullmatch(site) and ".mixer." in site for site in factors):
         factors = {_new_phi(site): cut for old, whole in factors.items() for site, cut in _cut(old, whole)}
@@ -150,6 +152,7 @@ def _number(config: Mapping[str, Any], key: str, default: float, name: str) -> f
             f"{printable(name)}: its config says {key}={printable(value, 60)}.",
             "The scale is lora_alpha/lora_rank, of numbers above 0.",
             "Ask its author for the numbers that it was trained with.",
+            code="E_CONFIG",
         )
     return value
 
@@ -170,6 +173,7 @@ def _halves(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str, str]]
             + (f"{len(strange)} tensors have no place in one: {shorten(strange)}." if strange else "it holds no factors."),
             "Nothing is ever dropped, so every tensor must be understood.",
             "Save the expert alone, with mttl's own code.",
+            code="E_IMPORT",
         )
     return halves
 
@@ -188,6 +192,7 @@ def _tie(halves: dict[str, dict[str, str]], tied: object, name: str) -> tuple[st
             f"{printable(name)}: its tie_params are {printable(tied)!r}.",
             "Which of its parameters are shared cannot be told from that.",
             "Save the expert with its parameters written out.",
+            code="E_IMPORT",
         )
     groups: dict[tuple[str, str], list[str]] = {}  # (what stands before the option, a or b) → sites
     for option in options:
@@ -223,6 +228,7 @@ def _new_phi(site: str) -> str:
             f"{printable(site)} is a module of neither of phi-2's codes.",
             "Its place in the model would be a guess.",
             "Convert the library with mttl's convert_library_to_hf_phi2.",
+            code="E_IMPORT",
         )
     rest = found["rest"].replace("mixer.out_proj", "self_attn.dense").replace("mixer.", "self_attn.")
     return f"model.layers.{int(found['layer']) - 1}.{rest}"

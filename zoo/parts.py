@@ -55,6 +55,7 @@ class Tensors(Mapping[str, Any]):
                 f"{printable(path)} is no safetensors file: {printable(error)}.",
                 "The process that wrote it may have been taken over.",
                 "Ask the author for safetensors.",
+                code="E_HEADER",
             ) from error
         return self
 

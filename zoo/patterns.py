@@ -106,6 +106,7 @@ def _unusable(wrong: list[str]) -> InputError:
         f"Not usable as regular expressions: {shorten(printable(p, 60) for p in wrong)}.",
         f"Rank and alpha patterns are matched against module paths, and have at most {_MAX_LENGTH} characters.",
         "Correct rank_pattern and alpha_pattern in adapter_config.json.",
+        code="E_CONFIG",
     )
 
 
@@ -114,4 +115,5 @@ def _endless(patterns: list[str], timeout_s: float) -> SecurityError:
         f"Matching took more than {timeout_s:g} s: {shorten(printable(p, 60) for p in patterns)}.",
         "A rank or alpha pattern that backtracks without end can stall a machine.",
         "Write the module paths out in rank_pattern and alpha_pattern.",
+        code="E_PATTERN",
     )

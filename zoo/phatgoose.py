@@ -82,6 +82,7 @@ def split(
             + (f"{len(strange)} tensors have no place in one: {shorten(strange)}." if strange else "it holds no experts."),
             "Nothing is ever dropped, so every tensor must be understood.",
             "Name its layout with --layout, or convert it to PEFT's form.",
+            code="E_IMPORT",
         )
     order = sorted(experts, key=lambda expert: (expert.rstrip("0123456789"), int("0" + expert.rpartition("_")[2])))
     called = _names(stem, order, names)
@@ -108,6 +109,7 @@ def _names(stem: str, order: Sequence[str], names: Sequence[str] | None) -> list
             f"{printable(stem)} holds {len(order)} experts, and {len(set(names))} different names are given for them.",
             "Which is which would be a guess.",
             "Give one name an expert, in their order, or none.",
+            code="E_IMPORT",
         )
     return list(names)
 
@@ -130,11 +132,13 @@ def _factors(state: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, tuple
             f"{printable(name)}: factors do not fit together at {len(wrong)} of {len(sites)} sites: {shorten(wrong)}.",
             "An expert in part does not do what it was trained to do.",
             "Fetch it again, or ask its author.",
+            code="E_IMPORT",
         )
     if all(not f.b_OR[:, 0].any() for f in factors.values()) and any(f.b_OR.any() for f in factors.values()):
         raise InputError(
             f"{printable(name)} carries its gate as the first of its ranks, at every site.",
             "That gate is a sigmoid of the input, so the expert is no linear update.",
             "Take the checkpoint with gates apart, from before use_input_gate_in_router_and_expert.",
+            code="E_IMPORT",
         )
     return factors

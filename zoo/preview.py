@@ -223,7 +223,10 @@ class _Look:
             source = None
         if source is None or (source.repo, source.revision, source.subfolder) != (self.listed.repo, commit, self.place):
             raise SecurityError(
-                f"{name} has a name that cannot be fetched.", "It holds characters that no name has.", "Leave it out."
+                f"{name} has a name that cannot be fetched.",
+                "It holds characters that no name has.",
+                "Leave it out.",
+                code="E_HOSTILE_NAME",
             )
         inspect.check_names(name, self.listed.files)
         prefix = self.place + "/" if self.place else ""
@@ -285,6 +288,7 @@ class _Look:
                 f"{self.seen.name} was trained for {self.seen.base}, not for {printable(self.base)}.",
                 "On another base its update means something else, even where the shapes are the same.",
                 f"If both hold the same weights, say so: --base-alias {self.seen.base}",
+                code="E_BASE_MISMATCH",
             )
         if relation != "no":
             text = f"it declares {self.seen.base}, {_HOW[relation]}"

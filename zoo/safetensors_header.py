@@ -110,6 +110,7 @@ def parse_header(raw: bytes, where: str, size: int) -> dict[str, tuple[int, ...]
             f"{printable(where)}: numbers that torch cannot hold: {shorten(unreadable)}.",
             "Packed or quantised factors cannot be read exactly.",
             "Save the adapter in fp32, bf16 or fp16.",
+            code="E_DTYPE",
         )
     return shapes
 
@@ -127,6 +128,7 @@ def check_header(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
             f"{printable(where)} holds {what}.",
             "DeepSpeed ZeRO-3 writes such files when weights are saved without gathering them first.",
             "Save it again with stage3_gather_16bit_weights_on_model_save, or from a gathered checkpoint.",
+            code="E_EMPTY",
         )
 
 
@@ -211,6 +213,7 @@ def _cut_short(where: str, size: int, expected: int) -> InputError:
         f"{printable(where, _MAX_PATH)} is cut short: {size:,} bytes where at least {expected:,} are declared.",
         "Tensors are missing from it.",
         "Fetch or copy it again.",
+        code="E_TRUNCATED",
     )
 
 
@@ -219,4 +222,5 @@ def _forged(where: str, why: str) -> SecurityError:
         f"{printable(where, _MAX_PATH)} is not a valid safetensors file: {why}.",
         "Its header cannot be trusted, so nothing in it is read.",
         "Get the file again from its author, saved with safe_serialization.",
+        code="E_HEADER",
     )

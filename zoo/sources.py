@@ -54,6 +54,7 @@ class Source:
                 f"{printable(text)!r} is neither a folder nor a repository on the Hub.",
                 "A repository is written org/name, org/name@revision or org/name@revision/subfolder.",
                 "A folder that does not exist yet, or shares a name with one, is written ./folder.",
+                code="E_SOURCE",
             )
         return cls(text, None, found["repo"], found["revision"], found["subfolder"] or "")
 

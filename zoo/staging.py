@@ -43,6 +43,7 @@ def locked(zoo: Path) -> Iterator[None]:
         raise InputError(
             f"The zoo at {zoo} cannot be written: {error.strerror}.",
             fix="Choose another folder with RECYCLE_ZOO.",
+            code="E_FILES",
         ) from error
     held = _lock(zoo / ".lock")
     try:
@@ -52,6 +53,7 @@ def locked(zoo: Path) -> Iterator[None]:
             f"The zoo at {zoo} has been locked by another process for {_LOCK_SECONDS} s.",
             "Two writers at once would lose adapters.",
             "Wait for the other run to end.",
+            code="E_BUSY",
         ) from error
     try:
         _sweep(zoo)
@@ -106,7 +108,7 @@ def called(staged: Path, name: str, place: str) -> Iterator[None]:
         texts = [text.replace(staged.name, name) for text in texts]
         if texts == [error.what, error.why, error.fix]:
             raise
-        raise type(error)(*texts) from error
+        raise type(error)(*texts, code=error.code) from error
 
 
 def sync(folder: Path) -> None:

@@ -123,6 +123,7 @@ class Zoo(Mapping[str, Adapter]):
                 f"The weights of {name} are not those fetched: sha256 {adapter.sha256}, expected {expected}.",
                 "They were changed or damaged after they were vetted.",
                 f"Run: recycle zoo remove {name}, then fetch it again from {printable(entry.source)}.",
+                code="E_HASH",
             )
         return replace(adapter, source=entry.source, revision=entry.revision, base=entry.base, licence=entry.licence)
 
@@ -380,6 +381,7 @@ def _taken(old: Entry, new: Entry) -> UsageError:
         f"The zoo holds another adapter called {old.name}, from {printable(old.source)}.",
         f"What comes from {printable(new.source)} has other contents, and nothing is overwritten.",
         f"Give it another name with --as, or run: recycle zoo remove {old.name}",
+        code="E_EXISTS",
     )
 
 
@@ -396,6 +398,7 @@ def _unknown(names: list[str], entries: Mapping[str, Entry]) -> UnknownAdapterEr
         f"Not in the zoo: {shorten(printable(name) for name in names)}.",
         f"It holds: {shorten(known)}." if known else "It holds nothing yet.",
         "Names are listed by: recycle zoo list",
+        code="E_UNKNOWN",
     )
 
 

@@ -109,7 +109,12 @@ def to_safetensors(
     if isinstance(result, RecycleError):
         raise result
     if not result.weights:
-        raise InputError(f"{printable(pickle)} holds no tensors.", "There is nothing to convert.", "Give the file of weights.")
+        raise InputError(
+            f"{printable(pickle)} holds no tensors.",
+            "There is nothing to convert.",
+            "Give the file of weights.",
+            code="E_EMPTY",
+        )
     return result
 
 
@@ -149,6 +154,7 @@ def open_pickles(
                 f"{printable(path.name)} holds {size / 1e6:,.0f} MB, more than the limit of {max_bytes / 1e6:,.0f} MB.",
                 "An adapter is small next to its base.",
                 "If it is meant, raise the limit with --max-size.",
+                code="E_TOO_LARGE",
             )
     while todo := [place for place in range(len(paths)) if place not in results]:
         with tempfile.TemporaryDirectory(dir=out, prefix=".sandbox-") as folder:
@@ -271,6 +277,7 @@ class _Run:
                 f"{printable(path.name)}: what the sandbox left of it is not what it should be: {printable(error)}.",
                 "The process that opened it may have been taken over.",
                 "Ask the author for safetensors.",
+                code="E_HEADER",
             )
         ready = self.ready
         held, missing = (tuple(printable(one) for one in ready.get(key, ())) for key in ("held", "missing"))
@@ -312,7 +319,9 @@ def _size(path: Path) -> int | RecycleError:
         why = "it is no file"
     except OSError as error:
         why = error.strerror or str(error)
-    return InputError(f"{printable(path)} cannot be read: {printable(why)}.", fix="Check the path and its permissions.")
+    return InputError(
+        f"{printable(path)} cannot be read: {printable(why)}.", fix="Check the path and its permissions.", code="E_FILES"
+    )
 
 
 def _where_torch_is() -> list[str]:
@@ -359,6 +368,7 @@ def _too_old(version: str) -> SecurityError:
         f"Pickles are not opened with torch {version}.",
         _OLD,
         "Run: pip install -U 'torch>=2.10'; or ask the author for safetensors.",
+        code="E_PICKLE",
     )
 
 
@@ -367,4 +377,5 @@ def _no_sandbox(why: str) -> SecurityError:
         f"No process could be had to open pickles in: {why}.",
         "Opened here, a pickle could do all that you can.",
         "Try it from another environment, or ask the authors for safetensors.",
+        code="E_PICKLE",
     )
