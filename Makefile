@@ -1,12 +1,13 @@
 # make demo   the main job on real adapters, from a bare clone
 # make test   what a stranger runs: lint, types, tests, the wheel
+# make docs   the documentation, into .docs/
 # make bench  the long form of the demo: every method, all rows
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := .demo/base
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test docs bench lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/engine.py
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +42,4 @@ test: lint types $(BASE)/config.json
 	sh tests/wheel.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .demo .bench build dist *.egg-info
+	rm -rf $(VENV) .demo .bench .docs build dist *.egg-info

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from recycler.build import profile
     from recycler.checking import check
     from recycler.choosing import build_router
-    from recycler.composition import compose, load
+    from recycler.composition import compose
     from recycler.evaluation import evaluate
+    from recycler.explaining import explain
+    from recycler.exporting.ladder import export
     from recycler.extraction import extract
     from recycler.fetching import fetch
+    from recycler.loading import load
     from recycler.profiles import Profile
+    from recycler.pushing import push
+    from recycler.reporting import report
     from recycler.routed import RoutedModel
     from recycler.routers.base import Router
     from recycler.routers.discovery import load_router
@@ -46,17 +51,21 @@ _HOME = {
     "check": "recycler.checking",
     "compose": "recycler.composition",
     "evaluate": "recycler.evaluation",
+    "explain": "recycler.explaining",
+    "export": "recycler.exporting.ladder",
     "extract": "recycler.extraction",
     "fetch": "recycler.fetching",
-    "load": "recycler.composition",
+    "load": "recycler.loading",
     "load_router": "recycler.routers.discovery",
     "profile": "recycler.build",
+    "push": "recycler.pushing",
+    "report": "recycler.reporting",
     "search": "recycler.searching",
 }
 
 __all__ = [
     "Adapter", "Profile", "RecycleError", "RoutedModel", "Router", "Shots", "Zoo", "bench_routers", "build_router", "check", "compose",
-    "evaluate", "extract", "fetch", "load", "load_router", "profile", "search",
+    "evaluate", "explain", "export", "extract", "fetch", "load", "load_router", "profile", "push", "report", "search",
 ]  # fmt: skip
 
 

@@ -122,6 +122,7 @@ class _Endpoint:
                 f"This router wants to send the prompts to {printable(llm)}.",
                 "Routers come from elsewhere, too, and nobody here has agreed to that.",
                 f"To agree, set {ENDPOINT}={printable(llm)}",
+                code="E_CONSENT",
             )
         self.identity, self.model = llm, parts.fragment
         self.url = llm.partition("#")[0].rstrip("/") + "/chat/completions"
@@ -204,7 +205,7 @@ class _Endpoint:
         return None
 
     def _error(self, what: str, why: str, fix: str = "Check the address: it must speak OpenAI's chat completions.") -> HubError:
-        return HubError(f"The language model at {printable(self.where)} {what}.", why, fix)
+        return HubError(f"The language model at {printable(self.where)} {what}.", why, fix, code="E_UNREACHABLE")
 
 
 class _Refusal(Exception):

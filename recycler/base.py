@@ -84,7 +84,9 @@ def load_base(
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if dtype != "auto" and dtype not in _DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r} to load a base in.", "", "Use auto, float32, bfloat16 or float16.")
+        raise UsageError(
+            f"There is no dtype {dtype!r} to load a base in.", "", "Use auto, float32, bfloat16 or float16.", code="E_DEVICE"
+        )
     if device is not None:
         _require_device(device)
     with _quiet(), _explained(name):
@@ -177,7 +179,7 @@ def _require_device(device: str) -> None:
     if not usable:
         count = torch.cuda.device_count()
         here = "cpu" if not count else "cpu or cuda" + (f":0 to cuda:{count - 1}" if count > 1 else "")
-        raise UsageError(f"The device {device!r} cannot be used.", why, f"Use {here}, or leave --device out.")
+        raise UsageError(f"The device {device!r} cannot be used.", why, f"Use {here}, or leave --device out.", code="E_DEVICE")
 
 
 def _files(name: str, revision: str | None) -> list[str] | None:
@@ -193,7 +195,7 @@ def _files(name: str, revision: str | None) -> list[str] | None:
     try:
         return hub.peek(name, revision=revision)
     except HubError as error:
-        raise HubError(f"The base {name} cannot be had.", f"{error.what} {error.why}".strip(), _HAD) from error
+        raise HubError(f"The base {name} cannot be had.", f"{error.what} {error.why}".strip(), _HAD, code=error.code) from error
 
 
 def _refuse_pickles(name: str, files: Iterable[str]) -> None:
@@ -204,6 +206,7 @@ def _refuse_pickles(name: str, files: Iterable[str]) -> None:
             f"The weights of {name} are pickled ({shorten(pickled, 3)}).",
             "Loading a pickle can run code, so none is opened.",
             "Use a copy in safetensors, or convert it where you trust it: model.save_pretrained(FOLDER), then --base FOLDER.",
+            code="E_PICKLE",
         )
 
 
@@ -226,6 +229,7 @@ def _explained(name: str) -> Iterator[None]:
                 f"{name} is not a model folder.",
                 _first_line(error),
                 "Give the folder that holds config.json and the weights.",
+                code="E_BASE",
             ) from error
         raise HubError(
             f"The base {name} cannot be had.",
@@ -237,6 +241,7 @@ def _explained(name: str) -> Iterator[None]:
             f"{name} is not a base that can be used.",
             _first_line(error),
             "Use a causal or encoder–decoder language model.",
+            code="E_BASE",
         ) from error
 
 

@@ -124,6 +124,7 @@ class Bases:
                 "On another base its update means something else, even where the shapes are the same.",
                 f"Use --base {printable(declared)}, or a local folder that holds a copy of it. If they are the same model, say so: "
                 f"--base-alias {printable(declared)}. --force-base takes it where all shapes fit.",
+                code="E_BASE_MISMATCH",
             )
         match.check_sites(name, sites, self.shapes(asked))
         if relation == "same":

@@ -1,17 +1,19 @@
 """Continuous batching: the new tokens of many prompts are one row, and nothing there says whose a token is.
 
-Routers that decide token by token, and one mixture for everything, do not mind. Where a mixture holds for a sequence, prompts with the
-same one run together, one mixture after the other.
+Routers that decide token by token, and one mixture for everything, do not mind. Where a mixture holds for a sequence, it is laid
+beside the packed tokens (`recycler.serving.packed`).
 
-Dimensions in names: B prompt, E adapter, M distinct mixture.
+Dimensions in names: B prompt, E adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import ContinuousBatchingConfig
 
 from recycler.routers.base import Router
 from recycler.routers.sequence import SequenceRouter
@@ -29,19 +31,34 @@ def generate(model: RoutedModel, inputs: Sequence[Sequence[int]], *args: Any, **
         return model.base.generate_batch(inputs, *args, **options)
     if len(rows_BE) != len(inputs):
         raise UsageError(f"There are {len(rows_BE)} mixtures for {len(inputs)} prompts.", "", "Give each prompt its own.")
-    results: list[tuple[int, Any]] = []
-    mixtures_ME, number_B = rows_BE.unique(dim=0, return_inverse=True)
-    for m, weights_E in enumerate(mixtures_ME):
-        rows = (number_B == m).nonzero()[:, 0].tolist()
-        with model.mixture(weights_E):
-            pack(model)
-            made = model.base.generate_batch([inputs[i] for i in rows], *args, **options)
-        for name, output in made.items():  # req_N, or req_N__child#C of several answers to one prompt
-            number, mark, child = name.removeprefix("req_").partition("__")
-            row = rows[int(number)]
-            output.request_id = f"req_{row}{mark}{child}"
-            results.append((row, output))
-    return {output.request_id: output for _, output in sorted(results, key=lambda result: result[0])}
+    with model.mixture(rows_BE[0]):
+        pack(model)
+    with _beside(model, rows_BE):
+        return model.base.generate_batch(inputs, *args, **options)
+
+
+@contextmanager
+def _beside(model: RoutedModel, rows_BE: Tensor) -> Iterator[None]:
+    """Lays each prompt's mixture beside its tokens in the batches of whatever manager the base makes meanwhile."""
+    from recycler.serving.packed import Mixtures, unshared
+
+    base, control = model.base, model.engine.control
+    mixtures = Mixtures(model, {f"req_{number}": row_E.cpu() for number, row_E in enumerate(rows_BE)})
+    make = base.init_continuous_batching
+
+    def made(generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None) -> Any:
+        given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        manager = make(generation_config, unshared(given or ContinuousBatchingConfig()), workload_hints)
+        mixtures.attach(manager)
+        return manager
+
+    with control.set(forced=control.forced, few=control.few, record=None):
+        base.init_continuous_batching = made
+        try:
+            yield
+        finally:
+            del base.init_continuous_batching
+            mixtures.release()
 
 
 def pack(model: RoutedModel) -> None:
@@ -61,7 +78,7 @@ def pack(model: RoutedModel) -> None:
     elif control.enabled and router is not None and (router.base_pass or type(router).prepare is not Router.prepare):
         what = router.method()
         if isinstance(router, SequenceRouter):
-            fix = "Use generate_batch: prompts with the same mixture run together."
+            fix = "Use generate_batch: it gives each prompt its own mixture."
     if what:
         raise UsageError(
             f"Continuous batching cannot run {what}.",
@@ -76,7 +93,7 @@ def _mixtures(model: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor | 
     if not control.enabled or not prompts:
         return None
     if forced is not None:
-        return forced if isinstance(forced, Tensor) and forced.dim() == 2 else None
+        return forced[:, : len(model.names)] if isinstance(forced, Tensor) and forced.dim() == 2 else None
     if not isinstance(model.router, SequenceRouter):
         return None
     padded = model.tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side="left", return_tensors="pt")

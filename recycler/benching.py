@@ -265,7 +265,9 @@ def check_output(folder: Path) -> None:
     """Raises UsageError when `folder` holds something else than a bench."""
     held = {path.name for path in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
     if folder.is_file() or (held and "journal.jsonl" not in held):
-        raise UsageError(f"{folder} holds something else than a bench.", "Nothing is overwritten.", "Choose another --out.")
+        raise UsageError(
+            f"{folder} holds something else than a bench.", "Nothing is overwritten.", "Choose another --out.", code="E_EXISTS"
+        )
 
 
 def _key(profile: Profile, adapters: Sequence[Adapter], groups: Mapping[str, Shots], settings: str) -> str:

@@ -65,7 +65,9 @@ def profile(
     """
     zoo = Zoo() if zoo is None else zoo
     if not shots:
-        raise UsageError("A profile needs shots.", "", "Give JSONL files: Shots.from_files('tasks/*.jsonl')")
+        raise UsageError(
+            "A profile needs shots.", "", "Give JSONL files: Shots.from_files('tasks/*.jsonl')", code="E_NEEDS_PROFILE"
+        )
     sample = shots.sample(kshot, seed)
     chosen = _chosen(zoo, adapters)
     where = None if out is None else profile_folder(zoo, out)
@@ -103,6 +105,7 @@ def _measured(folder: Path, key: str, assigned: Mapping[str, tuple[str, ...]]) -
             f"{folder} holds a profile of another measurement.",
             "Its shots, seed, adapters, base, dtype or --generate differ, and nothing is overwritten unless asked.",
             "Choose another --out, or add --force.",
+            code="E_EXISTS",
         )
     if assigned and assigned != held.assigned:
         held = replace(held, assigned=assigned)
@@ -160,6 +163,7 @@ def build_router(
             f"{method} learns from shots, and no profile was given.",
             f"Profiles in the zoo: {shorten(known) or 'none'}.",
             "Run: recycle profile FILE... --kshot 16 --out NAME, then add --profile NAME",
+            code="E_NEEDS_PROFILE",
         )
     selection = narrowed(zoo, profile, adapters, assign, select, count)
     adapters = adapters if selection is None else selection.names
@@ -175,9 +179,15 @@ def build_router(
                 f"By profile {profile.name}, none of {shorten(chosen)} is better than the base at any task.",
                 f"{method} learns from tasks that are an adapter's own, and there are none.",
                 "Profile the tasks they were trained for, or say which are theirs: --assign ADAPTER=TASK",
+                code="E_NO_GAIN",
             )
     elif assign:
-        raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
+        raise UsageError(
+            "Tasks are assigned to adapters of a profile, and none was given.",
+            "",
+            "Add --profile NAME.",
+            code="E_NEEDS_PROFILE",
+        )
     calibration.check(cls, settings, profile)
     loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})
     if profile is not None:
@@ -275,7 +285,7 @@ def _folder(parent: Path, name: str | Path) -> Path:
         return parent / check_name(name)
     except UsageError as error:
         fix = "Use such a name, or a path: ./" + name
-        raise UsageError(f"{name!r} cannot name a folder of the zoo.", error.why, fix) from None
+        raise UsageError(f"{name!r} cannot name a folder of the zoo.", error.why, fix, code="E_NAME") from None
 
 
 def read_adapters(zoo: Zoo, names: Iterable[str], base: Base) -> list[Adapter]:
@@ -301,6 +311,7 @@ def read_adapters(zoo: Zoo, names: Iterable[str], base: Base) -> list[Adapter]:
             f"{len(wrong)} adapters do not fit {base.id}: " + " ".join(e.what for e in wrong[:5]),
             "One model has one base.",
             "Give their base with --base, or choose adapters with --adapters.",
+            code="E_SITES",
         )
     return adapters
 
@@ -339,7 +350,9 @@ def _chosen(zoo: Zoo, adapters: Iterable[str] | None) -> list[str]:
     if not chosen and adapters is not None:
         raise UsageError("No adapters were chosen.", "", f"Name some of the zoo's ({choices(zoo)}), or leave them all.")
     if not chosen:
-        raise UsageError(f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER")
+        raise UsageError(
+            f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER", code="E_EMPTY_ZOO"
+        )
     for name in chosen:
         zoo.entry(name)
     return chosen
@@ -353,6 +366,7 @@ def _matching(zoo: Zoo, profile: Profile, chosen: Sequence[str]) -> Profile:
             f"Profile {profile.name} knows nothing of {shorten(strangers)}.",
             f"It was measured with {choices(profile.adapters).removeprefix('one of: ')}.",
             "Run recycle profile again, or leave them out with --adapters.",
+            code="E_UNKNOWN",
         )
     changed = [
         n
@@ -364,6 +378,7 @@ def _matching(zoo: Zoo, profile: Profile, chosen: Sequence[str]) -> Profile:
             f"{shorten(changed)} changed since profile {profile.name} was measured.",
             "Its scores are another adapter's.",
             "Run recycle profile again.",
+            code="E_CHANGED",
         )
     return profile.restricted(chosen)
 
@@ -375,6 +390,7 @@ def _same_base(profile: Profile, loaded: Base) -> None:
             f"{loaded.id} is not the base that profile {profile.name} was measured on.",
             f"Its fingerprint is {here}; that of {profile.base.get('id')} was {known}.",
             "Give that base with --base, or run recycle profile again on this one.",
+            code="E_BASE_MISMATCH",
         )
 
 

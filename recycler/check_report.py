@@ -245,7 +245,9 @@ class CheckReport:
 def check_file(path: Path, force: bool) -> None:
     """Raises UsageError when a file is there and may not be replaced."""
     if path.exists() and not force:
-        raise UsageError(f"{path} exists.", "Nothing is overwritten unless asked.", "Choose another file, or add --force.")
+        raise UsageError(
+            f"{path} exists.", "Nothing is overwritten unless asked.", "Choose another file, or add --force.", code="E_EXISTS"
+        )
 
 
 def _strictly(one: Checked) -> list[str]:

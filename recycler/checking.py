@@ -57,7 +57,9 @@ def check(
     zoo = Zoo() if zoo is None else zoo
     entries = {name: zoo.entry(name) for name in (zoo.entries if names is None else dict.fromkeys(names))}
     if not entries:
-        raise UsageError(f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER")
+        raise UsageError(
+            f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER", code="E_EMPTY_ZOO"
+        )
     sets = (
         [(_spelt(base), list(entries))]
         if base is not None

@@ -68,7 +68,9 @@ class Checkpoint:
             revision = folder.name
             folder = folder / source.subfolder if source.subfolder else folder
         if not folder.is_dir():
-            raise InputError(f"{printable(name)} is not a folder.", "", "Give a folder that holds a model, or a Hub id.")
+            raise InputError(
+                f"{printable(name)} is not a folder.", "", "Give a folder that holds a model, or a Hub id.", code="E_BASE"
+            )
         _require_safetensors(str(name), [path.name for path in folder.iterdir()])
         shapes: dict[str, tuple[int, ...]] = {}
         files: dict[str, Path] = {}
@@ -80,6 +82,7 @@ class Checkpoint:
                         f"{printable(path)} lacks {printable(key)}, which {INDEX} says it holds.",
                         "The index and the files are of different models.",
                         "Fetch or save the model again.",
+                        code="E_BASE",
                     )
                 shapes[key], files[key] = held[key], path
         return cls(str(name), folder, revision, shapes, files)
@@ -96,6 +99,7 @@ class Checkpoint:
                 f"{printable(self.files[key])} breaks the rules of safetensors: {printable(error)}.",
                 "Tensors overlap, leave holes or lie outside the file, so its contents are ambiguous.",
                 "Get the file again from its author.",
+                code="E_HEADER",
             ) from error
 
 
@@ -157,6 +161,7 @@ class Layout:
                 f"The model has a linear of {list(self.shapes[path])} there. A quantised copy stores other numbers, and older "
                 "files may use other names.",
                 "Use the original weights, saved by transformers: model.save_pretrained(FOLDER).",
+                code="E_SHAPES",
             )
         return tensor.float()
 
@@ -179,11 +184,13 @@ def _require_safetensors(where: str, names: list[str]) -> None:
             f"The weights of {printable(where)} are pickled ({shorten(pickled, 3)}).",
             "Loading a pickle can run code, so none is opened.",
             "Use a copy in safetensors, or convert it where you trust it: model.save_pretrained(FOLDER).",
+            code="E_PICKLE",
         )
     raise InputError(
         f"{printable(where)} holds no model: there are no safetensors in it.",
         "",
         f"Give the folder that holds {WEIGHTS}, or {INDEX} and its parts.",
+        code="E_BASE",
     )
 
 
@@ -197,6 +204,7 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
                 f"{printable(folder)} holds {len(found)} weight files, neither {WEIGHTS} nor {INDEX}.",
                 "Which of them make up the model is not said.",
                 "Save it again with transformers: model.save_pretrained(FOLDER).",
+                code="E_BASE",
             )
         return {_inside(folder, found[0].name): None}
     try:
@@ -212,12 +220,17 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
             held.append(key)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{printable(index)} cannot be used: {printable(error)}.", "", "Fetch or save the model again."
+            f"{printable(index)} cannot be used: {printable(error)}.",
+            "",
+            "Fetch or save the model again.",
+            code="E_BASE",
         ) from error
     return parts
 
 
 def _inside(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise InputError(f"{printable(folder)} lacks {printable(name)}.", "It is a part of the model.", "Fetch it again.")
+        raise InputError(
+            f"{printable(folder)} lacks {printable(name)}.", "It is a part of the model.", "Fetch it again.", code="E_BASE"
+        )
     return folder / name

@@ -58,12 +58,17 @@ class AutoConfig:
     def __post_init__(self) -> None:
         if self.folds < 2:
             raise UsageError(
-                f"folds={self.folds}.", "One part is left out, and something must be left.", "Use folds=2 or more."
+                f"folds={self.folds}.",
+                "One part is left out, and something must be left.",
+                "Use folds=2 or more.",
+                code="E_OPTION",
             )
         if self.unseen < 0:
-            raise UsageError(f"unseen={self.unseen}.", "It is a number of tasks.", "Use unseen=0 or more.")
+            raise UsageError(f"unseen={self.unseen}.", "It is a number of tasks.", "Use unseen=0 or more.", code="E_OPTION")
         if not self.patience > 0:
-            raise UsageError(f"patience={self.patience}.", "It is a number of seconds.", "Use a positive number.")
+            raise UsageError(
+                f"patience={self.patience}.", "It is a number of seconds.", "Use a positive number.", code="E_OPTION"
+            )
 
 
 def auto_config(given: Mapping[str, Any]) -> AutoConfig:
@@ -172,7 +177,7 @@ def build_auto(
     """
     settings = auto_config(config)
     if profile is None:
-        raise UsageError("auto chooses by shots, and no profile was given.", "", "Add --profile NAME.")
+        raise UsageError("auto chooses by shots, and no profile was given.", "", "Add --profile NAME.", code="E_NEEDS_PROFILE")
     zoo = Zoo() if zoo is None else zoo
     if out is not None:
         check_output(Path(out), force)
@@ -189,6 +194,7 @@ def build_auto(
             f"Profile {profile.name} has {shots} shot{'s' * (shots > 1)} a task, and folds={settings.folds}.",
             "Each part needs one.",
             "Profile with a larger --kshot, or use -o folds=2.",
+            code="E_OPTION",
         )
     work = _Work(zoo, profile, loaded, settings, subtract, progress)
     trials, failed = work.trials(entries)

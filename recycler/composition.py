@@ -1,30 +1,26 @@
-"""Zoo + router → one model, in memory and as a directory that stands on its own.
-
-::
-
-    model/  recycle.json            base, adapters (name, source, sha256), versions; written last
-            adapters/<name>/        PEFT's files, as fetched or cut to --max-rank: each still loads in PEFT
-            router/                 router.json, router.safetensors
-            README.md               model card
+"""Zoo + router → one model, in memory and as a directory that stands on its own (`recycler.model_folder` says what is in it;
+`recycler.loading` reads it). Adapters are written as fetched, or cut to --max-rank: each still loads in PEFT. recycle.json comes last.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recycler.base import Base, fingerprint, load_base
+from recycler.base import Base, load_base
 from recycler.build import base_of, read_adapters, router_folder
 from recycler.card import card
+from recycler.loading import compare
+from recycler.loading import load as load
+from recycler.model_folder import CARD, MANIFEST, SCHEMA_VERSION, TOP
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
 from recycler.routers.discovery import load_router
@@ -32,15 +28,10 @@ from recycler.shelving import AdapterDtype, Shelving
 from recycler.truncation import Truncation, truncate
 from recycler.zoo import formats, licences
 from recycler.zoo.adapter import Adapter
-from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError, shorten
+from recycler.zoo.errors import InputError, UsageError, shorten
 from recycler.zoo.lowrank import check_dials
-from recycler.zoo.manifest import check_name
-from recycler.zoo.match import place
 from recycler.zoo.store import Zoo
 from recycler.zoo.writing import write_adapter
-
-SCHEMA_VERSION = 1
-MANIFEST = "recycle.json"
 
 
 def compose(
@@ -90,6 +81,7 @@ def compose(
             "Adapters that are made or cut while composing cannot be paged.",
             "They have no files yet.",
             "Compose with --out and without resident, then load that folder with it.",
+            code="E_MEMORY",
         )
     hashes = router.facts.get("hashes") or {name: "" for name in router.adapters if name not in made}
     # In the router's order, which a saved mapping has lost.
@@ -100,6 +92,7 @@ def compose(
             f"The router needs {shorten(missing)}, which the zoo at {zoo.path} does not hold.",
             "A router's columns belong to the adapters it was built for.",
             "Fetch them, or build the router again.",
+            code="E_ROUTER",
         )
     if license_allow is not None or strict:
         allow = None if license_allow is None else licences.parse_list(",".join(license_allow))
@@ -115,6 +108,7 @@ def compose(
             f"{shorten(changed)} changed since the router was built.",
             "Its gates are for other weights.",
             "Build it again.",
+            code="E_CHANGED",
         )
     folders = {name: zoo.folder(name) for name in needed}
     scratch: Path | None = None
@@ -129,7 +123,7 @@ def compose(
     model.folders, model.truncated = folders, truncated
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, True)
-    _compare(model, router.facts.get("base") or {})
+    compare(model, router.facts.get("base") or {})
     if out is not None:
         save(model, Path(out), force=force)
     return model
@@ -186,26 +180,29 @@ def _truncated(
 def check_output(folder: Path, force: bool) -> None:
     """Raises UsageError when `folder` is in use and may not be replaced."""
     if folder.is_file():
-        raise UsageError(f"{folder} is a file.", "", "Choose another --out.")
+        raise UsageError(f"{folder} is a file.", "", "Choose another --out.", code="E_EXISTS")
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if held and not force:
         raise UsageError(
             f"{folder} is not empty.",
             "Nothing is overwritten unless asked.",
             "Choose another --out, or add --force.",
+            code="E_EXISTS",
         )
     if held and MANIFEST not in held:
         raise UsageError(
             f"{folder} holds something else than a composed model.",
             "--force replaces models only.",
             "Choose another --out.",
+            code="E_EXISTS",
         )
-    strangers = sorted(held - {MANIFEST, "adapters", "router", "README.md"})
+    strangers = sorted(held - set(TOP))
     if strangers:
         raise UsageError(
             f"{folder} holds a composed model, and beside it {shorten(strangers)}.",
             "--force replaces models only, and that would be lost.",
             "Move it away, or choose another --out.",
+            code="E_EXISTS",
         )
 
 
@@ -243,7 +240,7 @@ def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
             "router": model.router.method(),
             "versions": {name: version(name) for name in ("recycler", "torch", "transformers", "peft")},
         }
-        (temporary / "README.md").write_text(card(model, manifest), encoding="utf8")
+        (temporary / CARD).write_text(card(model, manifest), encoding="utf8")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf8")
         _replace(temporary, folder)
     finally:
@@ -273,131 +270,8 @@ def _replace(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def load(
-    path_or_id: str | Path,
-    *,
-    base: str | Base | None = None,
-    revision: str | None = None,
-    resident: int | str | None = None,
-    adapter_dtype: AdapterDtype | None = None,
-    packed: str | Path | None = None,
-    spare: int | None = None,
-    **loading: Any,
-) -> RoutedModel:
-    """Loads a composed model from its folder, or from the Hub.
-
-    Args:
-        base: overrides the base that the model names: an id, a folder that holds a copy, or a loaded one.
-        revision: of the model, on the Hub.
-        resident: how much memory adapters may take, bytes or a text such as "2GB": they lie on disk and are paged in as they are
-            used. All are in memory where None. ``print(model.engine.shelf)`` says how that goes.
-        adapter_dtype: "int8" keeps paged adapters in it until they are used, about 1 % from what they were; the base's dtype where
-            None. packed: where they are packed (`recycler.shelving`).
-        spare: keep room for so many adapters more (`RoutedModel.exchange`); none where None.
-        loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
-
-    Raises:
-        InputError: not a composed model, a part of it is missing, or the base does not fit.
-        UsageError: `resident` or `adapter_dtype` is nonsense, or the router chooses among components of paged adapters.
-        SecurityError: an adapter's weights are not those that were composed. HubError: it cannot be had.
-    """
-    shelving = Shelving.of(resident, adapter_dtype, packed)
-    folder = _local(path_or_id, revision)
-    manifest = _manifest(folder)
-    router = load_router(folder / "router")
-    loaded = base if isinstance(base, Base) else _load_base(manifest["base"], base, loading)
-    from recycler.engine.sites import linear_shapes
-
-    shapes = linear_shapes(loaded.model)
-    adapters = []
-    for record in manifest["adapters"]:
-        name = record["name"]
-        home = folder / "adapters" / name
-        # What is wrong is wrong here, not where it came from.
-        adapter = formats.read(home, name)[0] if shelving is None else shelving.add(loaded, home, name)
-        if adapter.sha256 != record["sha256"]:
-            raise SecurityError(
-                f"The weights of {name} in {folder} are not those that were composed.",
-                f"Their sha256 is {adapter.sha256}, {MANIFEST} says {record['sha256']}.",
-                "Compose the model again.",
-            )
-        came = {"source": record["source"], "revision": record["revision"], "licence": record.get("licence")}
-        sites = place(adapter, shapes) if shelving is None else {}
-        adapters.append(replace(adapter, sites=sites, **came))
-    if tuple(a.name for a in adapters) != router.adapters:
-        raise InputError(f"The router in {folder} was built for other adapters.", "", "Compose the model again.")
-    model = RoutedModel(loaded, adapters, router, shelf=None if shelving is None else shelving.shelf(), spare=spare)
-    model.folders = {a.name: folder / "adapters" / a.name for a in adapters}
-    model.truncated = manifest["truncated"]
-    _compare(model, manifest["base"])
-    return model
-
-
-def _compare(model: RoutedModel, recorded: Mapping[str, Any]) -> None:
-    """Warns where the base is another than the router was built on."""
-    known = recorded.get("fingerprint")
-    if known and fingerprint(model.source.model) != known:
-        model.warnings.append(
-            f"{model.source.id} is not the base that the router was built on ({recorded.get('id')}, fingerprint {known}): "
-            "its gates were fitted on other activations."
-        )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-        newer = manifest["schema_version"] > SCHEMA_VERSION
-        manifest["base"]["id"]
-        for record in manifest["adapters"]:
-            record["source"], record["revision"], record["sha256"]
-            check_name(record["name"])  # names become paths
-        cut = {record["name"]: record["truncated"] for record in manifest["adapters"] if "truncated" in record}
-        manifest["truncated"] = {name: Truncation.from_json(facts) for name, facts in cut.items()}
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is not a composed model.",
-            f"There is no {MANIFEST} in it.",
-            "Make one: recycle compose --router DIR --out DIR",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} cannot be read ({error}).", "", "Compose the model again.") from None
-    if newer:
-        raise InputError(f"{folder} was composed by a newer version.", "", "Upgrade recycler.")
-    return manifest
-
-
-def _load_base(recorded: Mapping[str, Any], given: str | None, loading: dict[str, Any]) -> Base:
-    """The base that was given, else the recorded folder where it exists, else the recorded id."""
-    if given is not None:
-        return load_base(given, **loading)
-    path = recorded.get("path")
-    if path and Path(path).is_dir():
-        return load_base(path, **loading)
-    return load_base(recorded["id"], revision=recorded.get("revision"), **loading)
-
-
 def recorded_base(router: Router) -> str | None:
     """The base that a router was built on: its folder where that is still here, else its id."""
     facts = router.facts.get("base") or {}
     path = facts.get("path")
     return path if path and Path(path).is_dir() else facts.get("id")
-
-
-def _local(path_or_id: str | Path, revision: str | None) -> Path:
-    if (
-        isinstance(path_or_id, Path)
-        or Path(path_or_id).exists()
-        or os.sep in str(path_or_id)[:2]
-        or str(path_or_id).count("/") != 1
-    ):
-        return Path(path_or_id).expanduser()
-    from recycler.zoo.hub import snapshot
-
-    try:
-        return snapshot(str(path_or_id), revision=revision)
-    except HubError as error:
-        raise HubError(
-            f"There is no folder {path_or_id}, and no such model on the Hub.",
-            error.what,
-            "Check the path or the id.",
-        ) from error

@@ -113,7 +113,7 @@ class Tally:
         try:
             found = lowrank.factorise(delta_OD, rank, energy, whole=whole)
         except InputError as error:
-            raise InputError(f"{printable(path)}: {error.what}", error.why, error.fix) from error
+            raise InputError(f"{printable(path)}: {error.what}", error.why, error.fix, code=error.code) from error
         if found is None:
             self.zero.append(path)
         else:
@@ -135,6 +135,7 @@ class Tally:
                 f"All {len(self.zero)} updates are zero.",
                 "The adapter is untrained, or was saved before its weights were gathered.",
                 "Take a checkpoint from after training.",
+                code="E_EMPTY",
             )
         if self.zero:
             notes = (*notes, f"{len(self.zero)} sites have no update and were left out, such as {printable(self.zero[0])}")
@@ -182,6 +183,7 @@ def convert(
             f"{name} is {kind.name}, which is not converted.",
             kind.why or "It is read as it is.",
             kind.fix,
+            code="E_FORMAT",
         )
     whole = 0
     if rank is None and energy is None and not kind.lossless:
@@ -230,12 +232,14 @@ class _Base:
                 f"{name} is {kind.name}, and its base is not known.",
                 f"Its update cannot be computed without the {kind.needs} of the base, and it declares none.",
                 "Name the base with --base.",
+                code="E_BASE_UNKNOWN",
             )
         if base is None and on_another_machine(chosen):
             raise InputError(
                 f"{name} declares a base on another machine, {printable(chosen)}.",
                 "A stranger's file must not make this machine open it.",
                 "Name the base with --base.",
+                code="E_BASE_UNKNOWN",
             )
         layout = Layout(skeleton(chosen))
         if kind.needs == "shapes":
@@ -286,6 +290,7 @@ def _without_start(
             f"{name} is OLoRA on linears whose weights are stored transposed (Conv1D).",
             "PEFT's OLoRA decomposes such a weight without turning it, so its start is not a part of the weight.",
             "Train it again with another init_lora_weights.",
+            code="E_FORMAT",
         )
     begun: Mapping[str, Factors] = {}
     if start is not None and base.weight is None:
@@ -295,6 +300,7 @@ def _without_start(
                 f"The initial adapter in {printable(start)} has other sites or shapes than {name}.",
                 "It is not the state that this training began from.",
                 "Put the right one there.",
+                code="E_SHAPES",
             )
     step = progress(len(trained), f"converting {name}")
     for path, factors in trained.items():

@@ -164,7 +164,7 @@ def extract(
     if out is not None and name is not None:
         raise UsageError("A folder and a name exclude each other.", "The name is for the zoo.", "Leave one of them out.")
     if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UsageError(f"{out} is not empty.", "Nothing is overwritten.", "Choose another --out.")
+        raise UsageError(f"{out} is not empty.", "Nothing is overwritten.", "Choose another --out.", code="E_EXISTS")
     before, after = Checkpoint.open(base, max_bytes=max_bytes), Checkpoint.open(tuned, max_bytes=max_bytes)
     layout = Layout(skeleton(str(before.folder)))
     pairs = _pairs(layout, before, after)
@@ -257,6 +257,7 @@ def _pairs(layout: Layout, before: Checkpoint, after: Checkpoint) -> dict[str, t
                 "A difference is defined only between tensors of one shape. Resized embeddings, added tokens and other sizes of a "
                 "model family all show like this.",
                 "Give the base that the tuning started from, with its vocabulary as it was then.",
+                code="E_BASE_MISMATCH",
             )
     return pairs
 
@@ -278,6 +279,7 @@ def _strangers(layout: Layout, after: Checkpoint, used: set[str]) -> tuple[str, 
                 f"{printable(key)} has weights of its own in {printable(after.name)}; in the base it is tied to {printable(twin)}.",
                 "What it became cannot be said as an update of the base.",
                 "It cannot become an adapter of this base.",
+                code="E_NOT_EXTRACTABLE",
             )
     matrices = [key for key in strange if len(after.shapes[key]) == 2]
     if matrices:
@@ -286,6 +288,7 @@ def _strangers(layout: Layout, after: Checkpoint, used: set[str]) -> tuple[str, 
             f"{shorten(map(printable, matrices), 5)}.",
             "A layer or a head that was added cannot ride on an adapter, and leaving it out would change what the model does.",
             "Give the base that the tuning started from, of the same depth.",
+            code="E_NOT_EXTRACTABLE",
         )
     names = shorten(map(printable, strange), 5)  # buffers that older versions saved, such as rotary_emb.inv_freq
     return (f"only in the tuned model, and not in the adapter: {names}",) if strange else ()
@@ -326,13 +329,17 @@ def _judge(
     broken = [printable(key) for key, one in changes.items() if not math.isfinite(one.diff + one.base)]
     if broken:
         raise InputError(
-            f"{pair}: NaN, infinite or whole numbers that differ: {shorten(broken, 6)}.", "", "Use another checkpoint."
+            f"{pair}: NaN, infinite or whole numbers that differ: {shorten(broken, 6)}.",
+            "",
+            "Use another checkpoint.",
+            code="E_NONFINITE",
         )
     if not any(one.diff for one in changes.values()):
         raise InputError(
             f"{pair} are identical: no tensor differs.",
             "There is nothing to extract.",
             "Check that --tuned is the fine-tuned model, not a copy of the base.",
+            code="E_NOT_EXTRACTABLE",
         )
     if not any(one.diff for one in linear.values()):
         differing = [printable(key) for key, one in changes.items() if one.diff]
@@ -340,6 +347,7 @@ def _judge(
             f"{pair} differ in no linear, only in {shorten(differing, 6)}.",
             "LoRA changes linears; this fine-tune changed others.",
             "It cannot become an adapter.",
+            code="E_NOT_EXTRACTABLE",
         )
     middle = float(torch.tensor([one.relative for one in linear.values()]).median())
     if middle >= OTHER_MODEL and not force_base:
@@ -348,6 +356,7 @@ def _judge(
             "their norm, or more.",
             "Fine-tuning moves weights by a few hundredths of their norm; two models that were trained apart differ by about 1.4.",
             "Give the base that the tuning started from. If this is it, add --force-base.",
+            code="E_BASE_MISMATCH",
         )
 
 

@@ -139,6 +139,7 @@ def _sites(
             f"{job.name} is {kind.name}, and its base is not known.",
             f"Its update cannot be computed without the {kind.needs} of the base, and it declares none.",
             "Name the base with --base.",
+            code="E_BASE_UNKNOWN",
         )
     known: Shapes = {}
     if chosen is not None and kind.needs != "nothing":
@@ -147,6 +148,7 @@ def _sites(
                 f"{job.name} is {kind.name}, and its base {printable(chosen)} is on another machine.",
                 f"Its update cannot be computed without the {kind.needs} of the base.",
                 "Name a folder that holds a copy with --base.",
+                code="E_BASE_UNKNOWN",
             )
         known = intake.bases.shapes(chosen)
     if settings.get("peft_type") == "LORA":  # only its start has to be taken out

@@ -68,6 +68,8 @@ class Failure:
             "source": self.source,
             "error": type(self.error).__name__,
             "exit_code": self.error.exit_code,
+            "code": self.error.code,
+            "docs": self.error.docs,
             "message": str(self.error),
         }
 
@@ -126,12 +128,15 @@ class FetchReport:
             return
         total = len(self.fetched) + len(self.failures)
         kinds = {type(f.error) for f in self.failures}
-        kind = PartialError
+        codes = {f.error.code for f in self.failures}
+        kind, code = PartialError, None
         if not self.fetched and len(kinds) == 1:
             (kind,) = kinds  # type: ignore[assignment]
+            code = codes.pop() if len(codes) == 1 else None
         listing = "\n".join(f"{printable(f.source)}: {f.error}" for f in self.failures)  # every one by name
         raise kind(
             f"{len(self.failures)} of {total} adapters were not fetched.",
             listing,
             "The others are in the zoo." if self.fetched and not self.dry_run else "",
+            code=code,
         )

@@ -107,7 +107,9 @@ def fetch(
     allow = licences.parse_list(license_allow) if isinstance(license_allow, str) else license_allow
     bases = Bases(base, tuple(base_alias or ()), force_base)
     if bases.folder is not None and not Path(bases.folder).is_dir():
-        raise InputError(f"The base {printable(base)} is not a folder.", "", "Give the folder that holds the base, or its id.")
+        raise InputError(
+            f"The base {printable(base)} is not a folder.", "", "Give the folder that holds the base, or its id.", code="E_BASE"
+        )
     intake = Intake(
         zoo,
         bases,
@@ -309,6 +311,7 @@ def _of_the_system(job: Job, error: OSError) -> InputError:
         f"{printable(job.source.text)} could not be read or kept: {printable(error.strerror or error)}.",
         f"The system refused {printable(error.filename)}." if error.filename else "",
         "Check permissions and free space.",
+        code="E_FILES",
     )
     raised.__cause__ = error
     return raised

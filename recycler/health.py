@@ -188,7 +188,9 @@ def health(
     wanted = list(zoo.entries if names is None else dict.fromkeys(names))
     entries = {name: zoo.entry(name) for name in wanted}
     if not entries:
-        raise UsageError(f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER")
+        raise UsageError(
+            f"The zoo at {zoo.path} is empty.", "", "Run: recycle fetch ORG/NAME, or recycle fetch FOLDER", code="E_EMPTY_ZOO"
+        )
     if sites is not None and not intruders:
         raise UsageError("--sites bounds the look for intruders.", "", "Add --intruders.")
     groups = {

@@ -132,6 +132,7 @@ class Intake:
             f"{printable(where)} holds its weights as pickles only: {', '.join(map(printable, pickles[:3]))}.",
             "Loading a pickle can run any code its author put there.",
             "Ask the author for safetensors, or add --allow-pickle: they are then opened in a process that can do little harm.",
+            code="E_PICKLE",
         )
 
     def _pick(self, where: str) -> hub.Pick:
@@ -146,6 +147,7 @@ class Intake:
                     f"{printable(where)}: {printable(large[0])} holds {sizes[large[0]] / 1e6:,.0f} MB.",
                     f"That is more than the limit of {self.max_bytes / 1e6:,.0f} MB.",
                     "If it is meant, raise the limit with --max-size.",
+                    code="E_TOO_LARGE",
                 )
             return chosen
 
@@ -222,7 +224,9 @@ class Intake:
                 )
             if len(found) + len(failures) == 1 and failures:
                 (error,) = failures.values()
-                raise type(error)(f"{printable(job.source.text)}: {error.what}", error.why, error.fix) from error
+                raise type(error)(
+                    f"{printable(job.source.text)}: {error.what}", error.why, error.fix, code=error.code
+                ) from error
             results: list[Fetched | Failure] = []
             for path in found:
                 alone = len(found) + len(failures) == 1

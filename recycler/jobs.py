@@ -52,6 +52,7 @@ def jobs_of(sources: Sequence[str | Path], names: Sequence[str] | None, *, layou
             f"{len(names)} names were given for {len(found)} adapters.",
             "Each --as names one adapter, in the order of the sources, and a folder may hold several.",
             "Give as many names as adapters, or none.",
+            code="E_NAME",
         )
     chosen = [slug(stem) for stem, _ in found] if names is None else [check_name(name) for name in names]
     twice = [name for name, count in Counter(chosen).items() if count > 1]
@@ -62,6 +63,7 @@ def jobs_of(sources: Sequence[str | Path], names: Sequence[str] | None, *, layou
             f"Several adapters would be called {shorten(owners)}.",
             "A name stands for one adapter.",
             "Give every source a name with --as, in order.",
+            code="E_NAME",
         )
     return [Job(name, source, names is not None) for name, (_, source) in zip(chosen, found, strict=True)]
 
@@ -116,6 +118,7 @@ def _adapters_below(folder: Path, layout: str) -> Iterator[Path]:
                     f"{printable(folder)} holds more than {MAX_FOLDERS:,} folders.",
                     "Looking through them all could take for ever.",
                     "Name the folders that hold adapters.",
+                    code="E_TOO_LARGE",
                 )
             path = Path(entry.path)
             if _is_source(path, layout):

@@ -34,6 +34,7 @@ class Journal(Mapping[str, Any]):
                 f"{path.parent} holds results of another measurement.",
                 "Its rows, adapters, profile, base or dtype differ, and nothing is overwritten unless asked.",
                 "Choose another --out, or add --force.",
+                code="E_EXISTS",
             )
         self._held = dict(json.loads(line) for line in lines[1:])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,10 @@ def only_one(folder: Path | None) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UsageError(
-            f"Another run is writing in {folder}.", "Two at once would mix their results.", "Wait, or choose another --out."
+            f"Another run is writing in {folder}.",
+            "Two at once would mix their results.",
+            "Wait, or choose another --out.",
+            code="E_WRITING",
         ) from None
     try:
         yield

@@ -34,9 +34,19 @@ def jobs_from_lock(lock: str | Path) -> list[Job]:
     path = Path(lock).expanduser()
     path = path / "zoo.json" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"There is no lock {printable(path)}.", "", "Give somebody's zoo.json: recycle fetch --from zoo.json")
+        raise InputError(
+            f"There is no lock {printable(path)}.",
+            "",
+            "Give somebody's zoo.json: recycle fetch --from zoo.json",
+            code="E_MANIFEST",
+        )
     if path.stat().st_size > _MAX_LOCK:
-        raise InputError(f"{printable(path)} is no lock: it holds more than {_MAX_LOCK / 1e6:,.0f} MB.", "", "Give a zoo.json.")
+        raise InputError(
+            f"{printable(path)} is no lock: it holds more than {_MAX_LOCK / 1e6:,.0f} MB.",
+            "",
+            "Give a zoo.json.",
+            code="E_TOO_LARGE",
+        )
     jobs = [_job(name, entry, path) for name, entry in read_manifest(path).items()]
     if not jobs:
         raise InputError(f"{printable(path)} lists no adapters.", "", "Give the zoo.json of a zoo that holds some.")
@@ -58,12 +68,14 @@ def listing_of(pinned: Entry, source: Source, max_bytes: int, *, allow_pickle: b
             f"{pinned.name} was made of pickles: {shorten(map(printable, pickles), 3)}.",
             "Loading a pickle can run any code its author put there; that the lock's owner did does not make it safe here.",
             "Add --allow-pickle: they are then opened in a process that can do little harm.",
+            code="E_PICKLE",
         )
     if sum(sizes.values()) > max_bytes:
         raise InputError(
             f"{pinned.name} holds {sum(sizes.values()) / 1e6:,.0f} MB, more than the limit of {max_bytes / 1e6:,.0f} MB.",
             "An adapter is small next to its base.",
             "If it is meant, raise the limit with --max-size.",
+            code="E_TOO_LARGE",
         )
     prefix = source.subfolder + "/" if source.subfolder else ""
     facts = {name: FileFact(prefix + name, fact["size"], fact["sha256"], None) for name, fact in originals.items()}
@@ -95,6 +107,7 @@ def check_originals(pinned: Entry, folder: Path) -> None:
             f"{pinned.name} is not what the lock describes: {shorten(wrong, 5)}.",
             "Its files were changed since the lock was written, or the lock was.",
             "Ask the lock's owner; or fetch it without --from to take it as it is now.",
+            code="E_LOCK",
         )
 
 
@@ -132,6 +145,7 @@ def _job(name: str, entry: Entry, lock: Path) -> Job:
             f"{printable(lock)}: the entry of {name} cannot be used.",
             "A hash, a source or another text in it is no such thing.",
             "Get the lock again from its owner; do not edit it by hand.",
+            code="E_MANIFEST",
         )
     inspect.check_names(f"{lock} ({name})", originals_of(entry))
     return Job(name, _source(entry, lock), given=True, pinned=entry)
@@ -152,4 +166,5 @@ def _source(entry: Entry, lock: Path) -> Source:
             f"{printable(lock)}: {entry.name} comes from {printable(entry.source)}, which is no repository.",
             "It was cut or edited by hand.",
             "Get the lock again from its owner.",
+            code="E_MANIFEST",
         ) from error

@@ -64,7 +64,9 @@ def through_peft(
     inspect.check_header(header, name)
     paths = _paths(header, prefix) or _matched(config, shapes, name)
     if not paths:
-        raise InputError(f"{name} has no site in this base.", "Its config names none of the base's linears.", _OTHER_BASE)
+        raise InputError(
+            f"{name} has no site in this base.", "Its config names none of the base's linears.", _OTHER_BASE, code="E_SITES"
+        )
     check_sites(name, {path: shapes.get(path, (0, 0)) for path in paths}, shapes)
     ordered = [path for path in shapes if path in paths]  # some methods number their layers in the model's order
     tensors = {key.replace(*renamed): tensor for key, tensor in load_tensors(weights).items()}
@@ -95,6 +97,7 @@ def _method(config: Mapping[str, Any], name: str) -> tuple[Any, str]:
             f"{name} cannot be converted: the installed PEFT does not know {printable(config.get('peft_type'))}.",
             "Its updates are computed by PEFT.",
             "Update it: pip install -U peft",
+            code="E_FORMAT",
         )
     return PEFT_TYPE_TO_CONFIG_MAPPING[given], PEFT_TYPE_TO_PREFIX_MAPPING[given]
 
@@ -134,6 +137,7 @@ def load_tensors(weights: Path) -> dict[str, Tensor]:
             f"{printable(weights)} breaks the rules of safetensors: {printable(error)}.",
             "Tensors overlap, leave holes or lie outside the file, so its contents are ambiguous.",
             "Get the file again from its author.",
+            code="E_HEADER",
         ) from error
 
 
@@ -178,6 +182,7 @@ def _check_size(settings: Mapping[str, Any], header: Mapping[str, Any], sites: S
             f"{name} asks for more than its file can hold: {', '.join(wrong)}.",
             "PEFT would set aside gigabytes before it looked at the file.",
             "Correct adapter_config.json, or leave the adapter out.",
+            code="E_CONFIG",
         )
 
 
@@ -197,7 +202,7 @@ def _inject(
         model = get_peft_model(_stand_in(shapes, weight), kind(**settings))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         why = "Its config does not fit its tensors, or not this base."
-        raise InputError(f"PEFT refuses {name}: {printable(error, 300)}.", why, _OTHER_BASE) from error
+        raise InputError(f"PEFT refuses {name}: {printable(error, 300)}.", why, _OTHER_BASE, code="E_CONVERSION") from error
     problems = Problems(name)
     layers = [p for p, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     problems.add("sites that did not become layers", sorted(set(shapes) - {path.removeprefix(_PREFIX) for path in layers}))
@@ -244,6 +249,7 @@ def _deltas(layers: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], na
                 f"PEFT's forward of {name} at {printable(path)} is not that of its own update (off by {off:.2g}).",
                 "The method does more than add to the weight, or this version of PEFT has changed it.",
                 "Leave it out, and report it with the version of PEFT.",
+                code="E_CONVERSION",
             )
         yield path, delta_OD.float()
 

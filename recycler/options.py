@@ -116,7 +116,7 @@ def _of_the_system(error: Exception) -> RecycleError | None:
         what = str(error)
     else:
         return None
-    return RecycleError(f"{what}.", "The system refused it.", "Check permissions and free space.")
+    return RecycleError(f"{what}.", "The system refused it.", "Check permissions and free space.", code="E_SYSTEM")
 
 
 def print_json(data: Any) -> None:

@@ -50,6 +50,7 @@ class Policy:
                     f"{name} states no licence.",
                     "Without one nothing is granted, and --strict was given.",
                     "Ask its author to state one, or leave --strict out.",
+                    code="E_LICENCE",
                 )
             return ("it states no licence, so it is not known to be one that is allowed",)
         if self.allow is not None and not licences.allowed(licence, self.allow):
@@ -57,6 +58,7 @@ class Policy:
                 f"The licence of {name}, {printable(licence)}, is not among those allowed.",
                 f"Allowed are {shorten(sorted(self.allow))}.",
                 "Leave it out, or add its licence to --license-allow after reading it.",
+                code="E_LICENCE",
             )
         return ()
 
@@ -76,6 +78,7 @@ class Policy:
             f"{name} is kept out of the zoo: its {what}.",
             "In any mixture it would drown the others; a scale may be wrong, or somebody wants it to win.",
             "Leave it out; or keep it with --accept-outlier, and look at it beside the others: recycle zoo health",
+            code="E_OUTLIER",
         )
 
 
@@ -99,4 +102,5 @@ def check_company(entry: Entry, others: Iterable[Entry], aliases: Sequence[str] 
         f"{printable(common)}.",
         "One folder is a copy of one base. On another one its update means something else, even where the shapes are the same.",
         f"Leave it out. If they are the same model, say so: --base-alias {printable(entry.base)}. --force-base takes it as it is.",
+        code="E_BASE_MISMATCH",
     )

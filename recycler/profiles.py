@@ -144,6 +144,7 @@ class Profile:
                     f"There is no adapter {name!r} in profile {self.name}.",
                     "",
                     f"Choose {choices(self.adapters)}.",
+                    code="E_UNKNOWN",
                 )
             for task in tasks:
                 if task not in self.tasks:
@@ -151,6 +152,7 @@ class Profile:
                         f"There is no task {task!r} in profile {self.name}.",
                         "",
                         f"Choose {choices(self.tasks)}.",
+                        code="E_UNKNOWN",
                     )
         return replace(self, assigned={**self.assigned, **given})
 
@@ -202,11 +204,12 @@ class Profile:
                 "The run was interrupted." * half,
                 "Run recycle profile again with the same arguments; it goes on where it stopped." if half
                 else "Make one: recycle profile FILE... --kshot 16 --out NAME",
+                code="E_PROFILE",
             )  # fmt: skip
         try:
             data = json.loads((folder / "profile.json").read_text(encoding="utf8"))
             if data["schema_version"] > SCHEMA_VERSION:
-                raise InputError(f"{folder} was written by a newer version.", "", "Upgrade recycler.")
+                raise InputError(f"{folder} was written by a newer version.", "", "Upgrade recycler.", code="E_NEWER")
             shots: dict[str, list[Shot]] = {task: [] for task in data["tasks"]}
             # not splitlines: texts may hold U+2028 and the like
             for line in (folder / "shots.jsonl").read_text(encoding="utf8").rstrip("\n").split("\n"):
@@ -234,14 +237,21 @@ class Profile:
         except RecycleError:
             raise
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-            raise InputError(f"The profile in {folder} cannot be read ({error}).", "", "Make it again.") from None
+            raise InputError(
+                f"The profile in {folder} cannot be read ({error}).", "", "Make it again.", code="E_PROFILE"
+            ) from None
 
 
 def check_output(folder: Path) -> None:
     """Raises UsageError when `folder` is in use for something else than a profile."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (held - {LOCK} and not held & {"profile.json", "journal.jsonl"}):
-        raise UsageError(f"{folder} holds something else than a profile.", "Nothing is overwritten.", "Choose another --out.")
+        raise UsageError(
+            f"{folder} holds something else than a profile.",
+            "Nothing is overwritten.",
+            "Choose another --out.",
+            code="E_EXISTS",
+        )
 
 
 def own_tasks(

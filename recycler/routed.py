@@ -29,6 +29,7 @@ from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
     from recycler.engine.tiers import Shelf
+    from recycler.pushing import Pushed
     from recycler.truncation import Truncation
     from recycler.zoo.adapter import Adapter, Factors
 
@@ -218,6 +219,7 @@ class RoutedModel(nn.Module):
                 "This model has no room for other adapters.",
                 "Its tensors are as large as what they hold.",
                 "Make it with spare=N.",
+                code="E_MEMORY",
             )
         _require(router, names)
         held = {adapter.name: adapter for adapter in self.adapters}
@@ -249,6 +251,7 @@ class RoutedModel(nn.Module):
                 "`generate` does not page its cache.",
                 "Its rows are padded, and continuous batching would read padding as text.",
                 "Use generate_batch, with a list of token ids for each prompt.",
+                code="E_MEMORY",
             )
         with self.planned(_named(args, inputs)):
             return self.base.generate(*args, **inputs)
@@ -297,8 +300,7 @@ class RoutedModel(nn.Module):
     # -- continuous batching: the new tokens of many prompts are one row, and nothing there says whose a token is
 
     def generate_batch(self, inputs: Sequence[Sequence[int]], *args: Any, **options: Any) -> dict[str, Any]:
-        """As the base's own `generate_batch`. Where one mixture holds for a whole sequence, prompts with the same one run together,
-        one mixture after the other.
+        """As the base's own `generate_batch`. Where one mixture holds for a whole sequence, each prompt has its own, in the same batch.
 
         Args:
             inputs: each prompt's token ids, without padding.
@@ -355,6 +357,7 @@ class RoutedModel(nn.Module):
                 f"There is no adapter {', '.join(unknown)} in this model.",
                 "",
                 f"Choose {choices(self.names)}.",
+                code="E_UNKNOWN",
             )
         return torch.tensor([float(weights.get(name, 0.0)) for name in self.names])
 
@@ -424,9 +427,15 @@ class RoutedModel(nn.Module):
 
         return save(self, Path(folder), force=force)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Uploads the model to the Hub; options as `recycler.push` has them, and ``evaluation`` for its card."""
+        from recycler.pushing import push_model
+
+        return push_model(self, repo_id, **options)
+
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> RoutedModel:
-        """Loads a composed model (see `recycler.load`)."""
-        from recycler.composition import load
+        """Loads a composed model, from a folder or the Hub (see `recycler.load`)."""
+        from recycler.loading import load
 
         return load(path_or_id, **options)

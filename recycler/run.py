@@ -41,7 +41,7 @@ def answer_file(
         target: written only when all is done; None writes nothing.
         only: this adapter alone, or "base".
         recruit: has a `skills` router's recruits answer one by one, and aggregates (see `recycler.recruiting`).
-        explain: adds "routing" to each row (see `recycler.explain`).
+        explain: adds "routing" to each row (see `recycler.shares`).
 
     Returns:
         The output lines.
@@ -54,17 +54,19 @@ def answer_file(
             f"{target} exists.",
             "Nothing is overwritten unless asked.",
             "Choose another --output, or add --force.",
+            code="E_EXISTS",
         )
     if target is not None and target.is_dir():
         raise UsageError(f"{target} is a folder.", "", "Give --output a file.")
     if not source.is_file():
-        raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.")
+        raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.", code="E_NO_FILE")
     rows, bad = read_shots(source, _prompt)
     if bad or not rows:
         raise InputError(
             f"{len(bad)} row{'s' * (len(bad) != 1)} cannot be used: {shorten(bad, 10)}." if bad else f"{source} is empty.",
             "",
             'Each line is {"prompt": "..."} or {"messages": [...]}.',
+            code="E_SHOTS",
         )
     if target is not None:
         require_writable(target.parent)
@@ -120,12 +122,13 @@ def answered_prompts(
 def check_answers(folder: Path, force: bool) -> None:
     """Raises UsageError when `folder` is in use and may not be written to."""
     if folder.is_file():
-        raise UsageError(f"{folder} is a file.", "", "Give --answers a folder.")
+        raise UsageError(f"{folder} is a file.", "", "Give --answers a folder.", code="E_EXISTS")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise UsageError(
             f"{folder} is not empty.",
             "Nothing is overwritten unless asked.",
             "Choose another --answers, or add --force.",
+            code="E_EXISTS",
         )
     require_writable(folder)
 
@@ -176,10 +179,10 @@ def _answers(
         texts = answer(model, shots, max_new_tokens=max_new_tokens, batch_size=batch_size, tasks=tasks, step=step)
         if not explain:
             return [{"generated": text} for text in texts]
-        from recycler.explain import explain as reasons
+        from recycler.shares import routing
 
-        routing = reasons(model, shots, batch_size=batch_size, tasks=tasks)
-    return [{"generated": text, "routing": reason} for text, reason in zip(texts, routing, strict=True)]
+        reasons = routing(model, shots, batch_size=batch_size, tasks=tasks)
+    return [{"generated": text, "routing": reason} for text, reason in zip(texts, reasons, strict=True)]
 
 
 @contextmanager

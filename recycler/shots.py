@@ -64,7 +64,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
         for pattern in patterns:
             found = sorted(glob.glob(str(pattern))) if glob.has_magic(str(pattern)) else [str(pattern)]
             if not found or not all(Path(f).is_file() for f in found):
-                raise UsageError(f"There is no file {pattern}.", "", "Give JSONL files, one task each.")
+                raise UsageError(f"There is no file {pattern}.", "", "Give JSONL files, one task each.", code="E_NO_FILE")
             files += map(Path, found)
         stems = [f.stem for f in files]
         twice = sorted({s for s in stems if stems.count(s) > 1})
@@ -73,6 +73,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
                 f"Several files are called {', '.join(twice)}.",
                 "A task is named by its file's stem.",
                 "Rename one.",
+                code="E_NAME",
             )
         tasks: dict[str, list[Shot]] = {}
         bad: list[str] = []
@@ -87,6 +88,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
                 f"{len(bad)} row{'s' * (len(bad) > 1)} cannot be used: {shorten(bad, 10)}.",
                 "",
                 'Each line is {"prompt": "...", "completion": "..."} or {"messages": [...]} ending with the assistant.',
+                code="E_SHOTS",
             )
         return cls(tasks)
 
@@ -100,7 +102,9 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
         try:
             from datasets import load_dataset
         except ImportError:
-            raise UsageError("Reading a dataset needs a package.", "", "Run: pip install 'recycler[datasets]'") from None
+            raise UsageError(
+                "Reading a dataset needs a package.", "", "Run: pip install 'recycler[datasets]'", code="E_MISSING_EXTRA"
+            ) from None
         rows, bad = [], []
         for number, row in enumerate(load_dataset(name, split=split)):
             shot = parse_row(row)
@@ -109,7 +113,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
             else:
                 bad.append(f"{name}[{number}] ({shot})")
         if bad:
-            raise InputError(f"{len(bad)} rows cannot be used: {shorten(bad, 10)}.", "", "")
+            raise InputError(f"{len(bad)} rows cannot be used: {shorten(bad, 10)}.", "", "", code="E_SHOTS")
         return cls({task or name.rpartition("/")[2]: rows})
 
     def sample(self, k: int, seed: int = 0) -> Shots:
@@ -120,7 +124,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
             UsageError: k < 1. InputError: tasks with fewer than K distinct rows, all of them.
         """
         if k < 1:
-            raise UsageError(f"kshot={k}.", "At least one example a task is needed.", "Use --kshot 1 or more.")
+            raise UsageError(f"kshot={k}.", "At least one example a task is needed.", "Use --kshot 1 or more.", code="E_OPTION")
         distinct = {task: list(dict.fromkeys(rows)) for task, rows in self.items()}
         short = [f"{task} ({len(rows)})" for task, rows in distinct.items() if len(rows) < k]
         if short:
@@ -128,6 +132,7 @@ class Shots(Mapping[str, tuple[Shot, ...]]):
                 f"{shorten(short)} hold fewer than {k} distinct rows.",
                 "",
                 f"Add rows, or use a smaller --kshot than {k}.",
+                code="E_SHOTS",
             )
         return Shots({task: random.Random(f"{seed} {task}").sample(rows, k) for task, rows in distinct.items()})
 
@@ -183,7 +188,9 @@ def _read_rows(file: Path) -> tuple[list[Any], list[str]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{file} cannot be read as text ({error}).", "", "Give a JSONL file in UTF-8.") from None
+        raise InputError(
+            f"{file} cannot be read as text ({error}).", "", "Give a JSONL file in UTF-8.", code="E_SHOTS"
+        ) from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

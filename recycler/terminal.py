@@ -23,12 +23,17 @@ def say(text: str) -> None:
 
 
 def complain(error: RecycleError) -> None:
-    """What happened, why, and what to do, each on its own line."""
-    label = click.style("error:", fg="red", bold=True)  # click drops the colour where stderr is no terminal
+    """What happened, why, and what to do, each on its own line; to a person also the code, and how to read more on it."""
+    person = sys.stderr.isatty()
+    label = click.style(
+        f"error[{error.code}]:" if person else "error:", fg="red", bold=True
+    )  # no colour where it is no terminal
     click.echo(f"{label} {OBEYED.sub('', error.what)}", err=True)
     for part in (error.why, error.fix):
         for line in part.splitlines():
             say(f"  {line}")
+    if person:
+        click.secho(f"  recycle errors {error.code}", dim=True, err=True)
 
 
 @contextmanager

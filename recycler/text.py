@@ -38,6 +38,7 @@ def prompt_ids(base: Base, shot: Shot, *, first: bool = True) -> list[int]:
             f"{base.id} has no chat template.",
             "Rows with messages need one.",
             "Use rows with prompt and completion, or an instruct base.",
+            code="E_CHAT_TEMPLATE",
         )
     turns = [{"role": role, "content": content} for role, content in shot.messages]
     text = base.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -55,7 +55,7 @@ def add_adapter(
     _check_output(out, force)
     zoo.entry(name)
     if name in router.adapters:
-        raise UsageError(f"The router holds {name} already.", "", "Remove it first, to learn it again.")
+        raise UsageError(f"The router holds {name} already.", "", "Remove it first, to learn it again.", code="E_FIXED")
     _unchanged(zoo, router)
     names = [*router.adapters, name]
     needed = router.needed(router.config)
@@ -66,9 +66,15 @@ def add_adapter(
                 f"{router.method()} learns from shots, and no profile of {name} was given.",
                 "",
                 f"Run: recycle profile FILE... --adapters {name} --out NAME, then add --profile NAME",
+                code="E_NEEDS_PROFILE",
             )
         if assign:
-            raise UsageError("Tasks are assigned to adapters of a profile, and none was given.", "", "Add --profile NAME.")
+            raise UsageError(
+                "Tasks are assigned to adapters of a profile, and none was given.",
+                "",
+                "Add --profile NAME.",
+                code="E_NEEDS_PROFILE",
+            )
         loaded = base if isinstance(base, Base) else load_base(base, **(loading or {}))
     else:
         profile = profile if isinstance(profile, Profile) else Profile.load(profile_folder(zoo, profile))
@@ -79,6 +85,7 @@ def add_adapter(
                 f"By profile {profile.name}, {name} is better than the base at no task, or others are at all of them.",
                 f"{router.method()} learns it from the tasks that are its own.",
                 f"Profile the tasks it was trained for, or say which are its own: --assign {name}=TASK",
+                code="E_NO_GAIN",
             )
     _same_base(router, loaded)
     model = RoutedModel(loaded, read_adapters(zoo, names, loaded))
@@ -123,7 +130,9 @@ def remove_adapter(
     if profile is not None:
         strangers = [other for other in left.adapters if other not in profile.adapters]
         if strangers:
-            raise UsageError(f"Profile {profile.name} knows nothing of {shorten(strangers)}.", "", "Leave --profile out.")
+            raise UsageError(
+                f"Profile {profile.name} knows nothing of {shorten(strangers)}.", "", "Leave --profile out.", code="E_UNKNOWN"
+            )
         summary: dict[str, Any] | None = profile.restricted(left.adapters).summary()
     else:
         summary = _less(router.facts.get("profile"), name)
@@ -139,12 +148,14 @@ def _open(zoo: Zoo, router: Router | str | Path, change: str, what: str) -> Rout
             f"{router.method()} cannot {what}.",
             f"It learns all adapters together, so that the others would change too. These do not: {able}.",
             "Build it again.",
+            code="E_FIXED",
         )
     if router.derived:
         raise UsageError(
             f"This router cannot {what}.",
             "It routes among adapters that were made out of the zoo's, all of them together.",
             "Build it again.",
+            code="E_FIXED",
         )
     return router
 
@@ -165,7 +176,10 @@ def _unchanged(zoo: Zoo, router: Router) -> None:
     changed = [name for name in router.adapters if known.get(name, held[name]) != held[name]]
     if changed:
         raise InputError(
-            f"{shorten(changed)} changed since the router was built.", "Its gates are for other weights.", "Build it again."
+            f"{shorten(changed)} changed since the router was built.",
+            "Its gates are for other weights.",
+            "Build it again.",
+            code="E_CHANGED",
         )
 
 
@@ -177,6 +191,7 @@ def _same_base(router: Router, loaded: Base) -> None:
             f"{loaded.id} is not the base that the router was built on.",
             f"Its fingerprint is {here}; that of {recorded.get('id')} was {known}.",
             "Give that base with --base, or build a router for this one.",
+            code="E_BASE_MISMATCH",
         )
 
 
@@ -190,6 +205,7 @@ def _covers(router: Router, model: RoutedModel, name: str) -> None:
             f"{name} touches linears that no adapter of this router touches, and {router.method()} cannot add these.",
             error.what,
             "Build it again, with all adapters.",
+            code="E_SITES",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A small Hub on the loopback for the real client: two origins, LFS redirects, gates, revisions, faults.
+"""A small Hub on the loopback for the real client: two origins, LFS redirects, gates, revisions, uploads, faults.
 
 `Hub` serves repositories from memory. ``hub`` answers the API and /resolve/, ``cdn`` the contents of large
 files, on another port and so another origin. No answer names a host outside the loopback.
@@ -6,6 +6,7 @@ files, on another port and so another origin. No answer names a host outside the
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ class Repo:
     likes: int = 0
     created: str = _WHEN
     modified: str = _WHEN
+    pulls: int = 0
     cards: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
@@ -168,6 +171,9 @@ class Hub:
         self.closed = threading.Event()
         self.repos: dict[str, Repo] = {}
         self.tokens: dict[str, set[str]] = {}  # token → private and gated repositories it may read
+        self.writers: dict[str, set[str]] = {}  # token → users and organisations it may write for
+        self.uploads: dict[str, bytes] = {}  # sha256 → contents that were sent and wait for a commit
+        self.push: Callable[[], None] = lambda: None  # what happens just before a commit, such as somebody else's
         self.renamed: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
@@ -287,8 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
+        self.body = self.received()
         request = Request(self.origin, self.command, self.path, dict(self.headers.items()))
         fault = self.hub.take_fault(request)
         bucket = "resolvers" if "/resolve/" in self.path else "api"
@@ -314,7 +319,17 @@ class _Handler(BaseHTTPRequestHandler):
             except (ConnectionError, ssl.SSLError):
                 self.close_connection = True
 
-    do_GET = do_HEAD = do_POST = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def received(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
 
     def handle_one_request(self) -> None:
         try:
@@ -382,6 +397,11 @@ class _CdnHandler(_Handler):
         if self.headers.get("Authorization"):
             raise _Answer(400, error="A token must not reach another origin.")
         wanted = urlsplit(self.path).path.rsplit("/", 1)[-1]
+        if self.command == "PUT":
+            if hashlib.sha256(self.body).hexdigest() != wanted:
+                raise _Answer(400, error="BadDigest")
+            self.hub.uploads[wanted] = self.body
+            raise _Answer(200)
         for repo in self.hub.repos.values():
             for files in repo.commits.values():
                 for file in files.values():
@@ -399,6 +419,13 @@ class _HubHandler(_Handler):
         repo_id = r"(?P<id>[^/]+/[^/]+)"
         routes = {
             r"/api/models": self.models,
+            r"/api/repos/create": self.create,
+            r"/api/validate-yaml": self.validate,
+            rf"/api/models/{repo_id}/preupload/(?P<rev>[^/]+)": self.preupload,
+            rf"/api/models/{repo_id}/commit/(?P<rev>[^/]+)": self.commit,
+            rf"/api/models/{repo_id}/branch/(?P<rev>[^/]+)": self.branch,
+            rf"/{repo_id}\.git/info/lfs/objects/batch": self.batch,
+            rf"/{repo_id}\.git/info/lfs/objects/verify": self.verify,
             r"/api/collections/(?P<slug>[^/]+/[^/]+)": self.collection,
             rf"/api/models/{repo_id}(?:/revision/(?P<rev>[^/]+))?": self.info,
             rf"/api/models/{repo_id}/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?": self.tree,
@@ -514,6 +541,111 @@ class _HubHandler(_Handler):
         repo, sha = self.at(at)
         wanted = parse_qs(self.body.decode()).get("paths", [])
         raise _Answer(200, [_entry(f) for path, f in repo.commits[sha].items() if path in wanted])
+
+    # -- uploads
+
+    def writing(self, repo_id: str) -> None:
+        """Refuse whoever may not write to a repository of this name."""
+        if not self.token:
+            raise _Answer(401, error="Invalid username or password.")
+        if self.token not in self.hub.tokens:
+            raise _Answer(401, error="Invalid credentials in Authorization header")
+        if repo_id.split("/")[0] not in self.hub.writers.get(self.token, set()):
+            raise _Answer(403, error=f"You don't have the rights to write to {repo_id}")
+
+    def create(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        asked = json.loads(self.body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        self.writing(repo_id)
+        url = f"{self.hub.url}/{repo_id}"
+        if repo_id in self.hub.repos:
+            raise _Answer(409, {"error": "You already created this model repo", "url": url})
+        self.hub.add(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=asked.get("visibility") == "private")
+        self.hub.tokens[self.token or ""].add(repo_id)
+        raise _Answer(200, {"url": url, "name": repo_id})
+
+    def validate(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        text = json.loads(self.body)["content"]
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        try:
+            known = yaml.safe_load(head[1]) if head else {}
+            errors = [] if isinstance(known, dict) else ["it is no mapping"]
+        except yaml.YAMLError as error:
+            errors = [str(error)]
+        warnings = [] if head else [{"message": "empty or missing yaml metadata in repo card"}]
+        raise _Answer(400 if errors else 200, {"errors": [{"message": e} for e in errors], "warnings": warnings})
+
+    def preupload(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo, sha = self.at(at)
+        if not query.get("create_pr"):
+            self.writing(repo.id)
+        ignored = repo.commits[sha].get(".gitignore", File("", b"")).data.decode().split()
+        answers = []
+        for one in json.loads(self.body)["files"]:
+            held = repo.commits[sha].get(one["path"])
+            oid = None if held is None else held.sha256 if held.large else held.oid
+            mode = "lfs" if one["path"].endswith(LARGE) else "regular"
+            answers.append({"path": one["path"], "uploadMode": mode, "oid": oid})
+            answers[-1]["shouldIgnore"] = any(fnmatch(one["path"], pattern) for pattern in ignored)
+        raise _Answer(200, {"files": answers})
+
+    def held(self, sha256: str) -> bytes | None:
+        files = (f for repo in self.hub.repos.values() for files in repo.commits.values() for f in files.values())
+        known = next((f.data for f in files if f.large and f.sha256 == sha256), None)
+        return self.hub.uploads.get(sha256, known)
+
+    def batch(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        self.repo(at)
+        verify = {"href": f"{self.hub.url}/{at['id']}.git/info/lfs/objects/verify"}
+        objects = []
+        for one in json.loads(self.body)["objects"]:
+            actions = {"upload": {"href": f"{self.hub.cdn}/upload/{one['oid']}", "header": {}}, "verify": verify}
+            objects.append({**one, **({} if self.held(one["oid"]) is not None else {"actions": actions})})
+        raise _Answer(200, {"transfer": "basic", "objects": objects})
+
+    def verify(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        asked = json.loads(self.body)
+        if len(self.hub.uploads.get(asked["oid"], b"")) != asked["size"]:
+            raise _Answer(422, error="The size differs")
+        raise _Answer(200, {"message": "Success"})
+
+    def branch(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        repo = self.repo(at)
+        self.writing(repo.id)
+        if at["rev"] in repo.refs:
+            raise _Answer(409, error="This branch exists")
+        repo.refs[at["rev"]] = repo.refs["main"]
+        raise _Answer(200, {})
+
+    def commit(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
+        self.hub.push()
+        repo, sha = self.at(at)
+        pull = bool(query.get("create_pr"))
+        if not pull:
+            self.writing(repo.id)
+        files = {path: file.data for path, file in repo.commits[sha].items()}
+        for line in self.body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                if value.get("parentCommit", sha) != sha:
+                    raise _Answer(412, error="A commit has happened since. Please refresh and try again.")
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                data = self.held(value["oid"])
+                if data is None:
+                    raise _Answer(400, error=f"{value['path']} was not uploaded")
+                files[value["path"]] = data
+            elif files.pop(value["path"], None) is None:
+                raise _Answer(404, error="A file with this name doesn't exist")
+        repo.pulls += pull
+        made = repo.commit(files, f"refs/pr/{repo.pulls}" if pull else at["rev"])
+        page = f"{self.hub.url}/{repo.id}"
+        more = {"pullRequestUrl": f"{page}/discussions/{repo.pulls}"} if pull else {}
+        raise _Answer(200, {"success": True, "commitOid": made, "commitUrl": f"{page}/commit/{made}", **more})
+
+    # -- contents
 
     def refs(self, at: Mapping[str, str], query: Mapping[str, list[str]]) -> None:
         repo = self.repo(at)

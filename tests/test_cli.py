@@ -192,6 +192,12 @@ def test_eval(way: Way, tmp_path: Path) -> None:
     data = json.loads(ok("eval", way.model, way.pico.tasks[0], "--rows", 1, "--assign", "law=math", "--json").stdout)
     assert data["schema_version"] == 1 and data["chosen"]["oracle"]["math"] == {"adapter": "law", "how": "by hand"}
     assert set(data["contenders"]) == {"base", "best single", "uniform", "oracle", "ridge"} and data["rows"] == {"math": 1}
+    kept = shutil.copytree(way.model, tmp_path / "kept")
+    ok("eval", kept, way.pico.tasks[0], "--rows", 1, "--record")
+    card = (kept / "README.md").read_text("utf8")
+    assert json.loads((kept / "evaluation.json").read_text("utf8"))["rows"] == {"math": 1} and "best single" in card
+    refused = recycle("eval", "org/model", way.pico.tasks[0], "--record")
+    assert refused.exit_code == 2 and "--record" in refused.stderr
 
 
 def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
     assert with_json == {f"recycle {name}" for name in (
         "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "zoo check", "zoo health", "zoo licences",
         "profile", "routers", "build-router", "bench-routers", "eval",
-        "search", "extract",  # with tests of their own
+        "search", "extract", "explain", "export", "push", "doctor", "env", "errors",  # with tests of their own
     )}  # fmt: skip
 
 
@@ -504,10 +510,11 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "build-router": (recycler.build_router, {"profile_name": "profile", "options": "config", "zoo_path": "zoo"}),
     "compose": (recycler.compose, {"router_name": "router", "zoo_path": "zoo"}),
     "run": (answer_file, {"model_path": "load", "input_file": "source", "output_file": "target", "only_adapter": "only"}),
+    "export": (recycler.export, {"model_path": "model"}),
     "eval": (recycler.evaluate, {"model_path": "model", "files": "shots", "others": "routers", "assign": "owner"}),
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
-ELSEWHERE = {"as_json": (), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "base": ("run", "eval"), "resident": ("run",),
+ELSEWHERE = {"as_json": (), "lm_eval": ("eval",), "lm_eval_path": ("eval",), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "record": ("eval",), "base": ("run", "eval"), "resident": ("run",),
              "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",),
              "subtract_rank": ("build-router",), "add": ("build-router",), "remove": ("build-router",), "router_name": ("build-router",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.

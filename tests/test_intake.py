@@ -16,7 +16,7 @@ from conftest import Pico
 from hub_server import Hub, running
 from transformers import AutoModelForCausalLM
 
-from recycler.cli_fetch import fetch_command
+from recycler.commands.fetch import fetch_command
 from recycler.fetching import fetch
 from recycler.zoo import importers
 from recycler.zoo.errors import HubError, InputError, RecycleError, SecurityError

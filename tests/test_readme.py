@@ -42,6 +42,7 @@ def on_pico(code: str, pico: Pico, folder: Path) -> str:
         ".demo/base": str(pico.base),
         ".demo/": f"{folder}/",
         "--kshot 16": "--kshot 4",
+        "plural=0.5,past_tense=0.5": "poem=0.5,law=0.5",
         '"addition"': '"math"',
         '"plural"': '"poem"',
         '"past_tense"': '"law"',
@@ -52,13 +53,16 @@ def on_pico(code: str, pico: Pico, folder: Path) -> str:
 
 
 def test_the_quickstart_commands_run(llama: Pico, tmp_path: Path) -> None:
-    script = on_pico("set -eu\n" + "\n".join(blocks("sh", "Quickstart")), llama, tmp_path)
+    lines = [*blocks("sh", "Quickstart"), *blocks("sh", "See it, serve it, share it")]
+    script = on_pico("set -eu\n" + "\n".join(lines), llama, tmp_path)
     assert ".demo" not in script and "examples/" not in script
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mean exact match" in done.stdout and "on't bother" in done.stdout
     assert len((tmp_path / "plural.jsonl").read_text().splitlines()) == 6
+    made = ("why.html", "alike.svg", "alike.csv", "report.html", "one-adapter/export.json", "routed/evaluation.json")
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
 
 
 def test_the_quickstart_code_runs(llama: Pico, tmp_path: Path) -> None:
@@ -94,6 +98,8 @@ def test_the_tree_names_every_file() -> None:
             folder = f"recycler/{found[2]}" if found[1] else found[2]
         elif found := re.match(r" +(\w+\.py) ", line):
             named.setdefault(folder, []).append(found[1])
-    assert set(named) == {"zoo", "routers", "recycler", "recycler/engine"}
+    assert set(named) == {
+        "zoo", "routers", "recycler", *(f"recycler/{part}" for part in ("engine", "pictures", "exporting", "serving", "commands"))
+    }  # fmt: skip
     for folder, files in named.items():
         assert sorted(files) == sorted(p.name for p in (root / folder).glob("*.py") if p.name != "__init__.py"), folder

@@ -17,9 +17,8 @@ from hub_server import Hub, running
 from safetensors.torch import save
 
 import recycler
-from recycler import cli_find
 from recycler.cli import main
-from recycler.cli_find import _verdict
+from recycler.commands.find import SORTS, _verdict
 from recycler.search_report import SearchReport
 from recycler.zoo import hub_search
 from recycler.zoo.errors import HubError, UsageError
@@ -474,7 +473,7 @@ def test_the_command_prints_a_table_and_what_it_cost(hub: Hub, command: Callable
     assert "there are more" in command("--base", "org/base", "--limit", "2").stderr
     assert len(command("--base", "org/base", "--usable-only", "--all").stdout.splitlines()) == 2
     assert command("--base", "org/base", "--convertible").exit_code == 2
-    assert command("--base", "org/base", "--sort", "beauty").exit_code == 2 and cli_find.SORTS == hub_search.SORTS
+    assert command("--base", "org/base", "--sort", "beauty").exit_code == 2 and SORTS == hub_search.SORTS
 
 
 def test_json_has_stable_keys(hub: Hub, command: Callable[..., Result]) -> None:

@@ -460,15 +460,15 @@ def test_rows_say_how_they_were_routed(composed: Path) -> None:
 
 def test_every_kind_of_router_is_explained(world: Pico) -> None:
     """Shares of a padded batch are those of its rows alone."""
-    from recycler.explain import explain
+    from recycler.shares import routing
 
     zoo = recycler.Zoo(world.zoo)
     shots = [Shot("Add 3 and b, and then some more.", ""), Shot("O!", "")]
     for method in ("arrow", "uniform"):
         model = recycler.compose(zoo, recycler.build_router(method, zoo=zoo))
-        found = explain(model, shots)
+        found = routing(model, shots)
         for one, row in zip(shots, found, strict=True):
             assert set(row) == {"shares"} and list(row["shares"].values()) == sorted(row["shares"].values(), reverse=True)
-            [alone] = explain(model, [one])
+            [alone] = routing(model, [one])
             assert row["shares"] == pytest.approx(alone["shares"], abs=2e-3)
     assert found[0]["shares"] == dict.fromkeys(sorted(model.names), 0.25)

@@ -61,6 +61,7 @@ class Attachment(nn.Module):
                 f"spare={spare}.",
                 "It is a number of adapters." if shelf is None else "Adapters that are paged need no room beside them.",
                 "Use 0 or more." if shelf is None else "Leave spare out, or resident.",
+                code="E_MEMORY",
             )
         rank = max((update.rank for held in factors.values() for update in held.values()), default=0)
         self.groups = trace_groups(base, factors) if groups is None else groups
@@ -114,6 +115,7 @@ class Attachment(nn.Module):
                 "A model that pages its adapters cannot choose among their components (ranks=).",
                 "Their factors would have to be made singular vectors at every miss.",
                 "Load it without resident.",
+                code="E_MEMORY",
             )
         if router is None:
             return [None] * len(self.banks)

@@ -41,6 +41,7 @@ class Control:
     select: Callable[[Tensor, Group], Tensor] | None = None  # the router's scores → weights
     plan: Any = None  # what the router prepared for this sequence
     forced: Tensor | Function | None = None  # a mixture that overrides the router
+    replayed: bool = False  # the forced mixture is one that the router made: it chooses among components as the router does
     few: Few | None = None  # of the plan or the forced mixture, where it holds for whole sequences
     path: Name | None = None  # overrides the chooser, where that path can be taken
     enabled: bool = True
@@ -266,7 +267,7 @@ class Bank(nn.Module):
         return self.most if self.control.forced is None else None
 
     def _ranks(self) -> int | None:
-        return self.ranks if self.control.forced is None else None
+        return self.ranks if self.control.forced is None or self.control.replayed else None
 
     def foresee(self, shape: Sequence[int]) -> tuple[Name, str, Stack]:
         """The path that an input of a shape [B, T, D] would take now, why, and the stack that it would run on."""
@@ -321,7 +322,7 @@ class Bank(nn.Module):
         """[B or 1, T or 1, S or 1, E]"""
         forced = self.control.forced
         if forced is None:
-            w_BTSE = self._routed(x_BTD)
+            w_BTSE = self.routed(x_BTD)
         elif callable(forced):
             w_BTSE = forced(self.group, x_BTD)
         else:
@@ -338,7 +339,7 @@ class Bank(nn.Module):
             full = w_BTSE.detach().expand(lead)[..., : self.count]
             self.control.record |= {self.group.sites[s]: full[..., s, :].float() for s in self.touched}
 
-    def _routed(self, x_BTD: Tensor) -> Tensor:
+    def routed(self, x_BTD: Tensor) -> Tensor:
         """The router's weights [B or 1, T or 1, S or 1, E]; computed by the gate, or already by the leader's."""
         if self._leader:
             w_BTSE = self._leader[0]._decision

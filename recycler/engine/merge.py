@@ -61,12 +61,16 @@ def _check(base: nn.Module, linears: dict[str, nn.Module], biased: list[str]) ->
     for site, linear in linears.items():
         weight = linear.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_meta:
-            raise UsageError(f"{site} cannot be written.", "Its weight is quantised, or not in memory.", instead)
+            raise UsageError(
+                f"{site} cannot be written.", "Its weight is quantised, or not in memory.", instead, code="E_MERGE"
+            )
         if owners.get(id(weight), 1) > 1:
-            raise UsageError(f"{site} shares its weight with another module.", "Merging would change both.", instead)
+            raise UsageError(
+                f"{site} shares its weight with another module.", "Merging would change both.", instead, code="E_MERGE"
+            )
     for site in biased:
         if getattr(linears[site], "bias", None) is None:
-            raise UsageError(f"{site} has no bias that could take the adapters'.", "", instead)
+            raise UsageError(f"{site} has no bias that could take the adapters'.", "", instead, code="E_MERGE")
 
 
 def _held(bank: Bank, used: list[int]) -> list[dict[int, Slab]]:

@@ -199,4 +199,5 @@ def _damaged(path: Path, what: str) -> InputError:
         f"The packed adapter {path} is damaged: {what}.",
         "Whoever computes with it gets other answers than the adapter's.",
         "Delete it, and load the model again: it is made from the adapter's own files.",
+        code="E_MODEL",
     )

@@ -68,7 +68,9 @@ class Room:
     def check(self, slabs: Mapping[str, Mapping[int, Slab]], count: int) -> None:
         """Raises UsageError unless there is room for `count` adapters, which have these slabs."""
         if count >= self.columns:
-            raise UsageError(f"There is room for {self.columns - 1} adapters, and these are {count}.", _WHY, _FIX)
+            raise UsageError(
+                f"There is room for {self.columns - 1} adapters, and these are {count}.", _WHY, _FIX, code="E_MEMORY"
+            )
         for s, (site, held) in enumerate(slabs.items()):
             for what, number, most in (
                 ("rank rows", sum(len(one.a_RD) for one in held.values()), self.rows[s]),
@@ -76,7 +78,9 @@ class Room:
                 ("biases", _having(held, "bias_O"), self.biases[s]),
             ):
                 if number > most:
-                    raise UsageError(f"{site} has room for {most} {what}, and these adapters have {number}.", _WHY, _FIX)
+                    raise UsageError(
+                        f"{site} has room for {most} {what}, and these adapters have {number}.", _WHY, _FIX, code="E_MEMORY"
+                    )
 
     def pad(self, w_BTSE: Tensor) -> Tensor:
         """Weights of some adapters [..., E or C] → of all columns [..., C]."""

@@ -84,6 +84,7 @@ def trace_groups(model: Any, sites: Iterable[str]) -> tuple[Group, ...]:
             f"A forward of the base does not reach {shorten(sorted(missing))}.",
             "Adapters there would load and do nothing.",
             "Remove those adapters from the zoo, or use a base whose forward runs these modules.",
+            code="E_SITES",
         )
     lengths = {length: stream for stream, length in _LENGTH.items()}
     groups: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}

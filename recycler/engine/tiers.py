@@ -52,6 +52,7 @@ def parse_size(size: int | str) -> int:
             f"resident={size!r} is no size.",
             "It says how much memory adapters may take.",
             'Give bytes, or a text such as "2GB" or "1.5GiB".',
+            code="E_MEMORY",
         )
     return int(float(found[1]) * unit)
 
@@ -242,6 +243,7 @@ class Shelf:
                 "A model that pages its adapters cannot be compiled.",
                 "Who is read from disk depends on what the router decides.",
                 "Load it without resident.",
+                code="E_MEMORY",
             )
         few = bank.control.few
         used = few.used if few is not None else wanted(w_BTSE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from recycler.cli_check import zoo_check, zoo_health, zoo_licences
+from recycler.commands.check import zoo_check, zoo_health, zoo_licences
 from recycler.options import Group, as_json, as_text, in_zoo, open_zoo, print_json
 
 
@@ -103,6 +103,7 @@ def zoo_verify(names: tuple[str, ...], zoo_path: str | None, as_json: bool) -> N
             f"{len(problems)} files differ from zoo.json.",
             "They were vetted as they were then.",
             "Fetch those adapters again: recycle fetch --from zoo.json, or by their sources.",
+            code="E_HASH" if kind is SecurityError else "E_FILES",
         )
     say(f"{len(names or zoo)} adapters are as they were fetched")
 

@@ -1,4 +1,5 @@
-"""Who answers a prompt, and why: each adapter's share, and the router's reason where it has one.
+"""Who answers each of many prompts, and why: the adapters' shares, and the router's reason where it has one. In more detail, one
+prompt at a time: `recycler.explaining`.
 
 Dimensions in names: B batch, E adapter.
 """
@@ -22,7 +23,7 @@ _LEAST = 5e-4  # shares below it are rounded away
 
 
 @torch.no_grad()
-def explain(
+def routing(
     model: RoutedModel, shots: Sequence[Shot], *, batch_size: int = 32, tasks: Sequence[str | None] | None = None
 ) -> list[dict[str, Any]]:
     """The routing of each prompt, as JSON, by whatever answers it now (the router, or a mixture that overrides it).
