@@ -100,6 +100,20 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     if device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ready(model, tokenizer, name)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """A base's tokenizer alone. Raises as `load_base`."""
+    from transformers import AutoTokenizer
+
+    with _quiet(), _explained(name):
+        local = _files(name, revision) is None
+        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local, **_NO_CODE)
+
+
+def ready(model: Any, tokenizer: Any, name: str) -> Base:
+    """A model and its tokenizer as a base: frozen, in eval mode, with a pad token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval().requires_grad_(False)
@@ -158,6 +172,9 @@ def fingerprint(model: Any) -> str:
     it was loaded in does not matter. Tells a copy from another model; does not prove that all weights are equal."""
     import torch
 
+    known = getattr(model, "known_fingerprint", None)  # of a base in parts (`recycler.sharding`)
+    if known is not None:
+        return str(known)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recycler import annotating, recruiting
+from recycler import annotating, recruiting, sharding
 from recycler.base import Base, fingerprint, load_base
 from recycler.journal import only_one
 from recycler.profiles import Profile, measure
@@ -24,6 +24,7 @@ from recycler.scoring import Fitting, Progress, silent
 from recycler.selection import narrowed
 from recycler.shots import Shots
 from recycler.subtraction import Subtract, renamed, subtracted
+from recycler.workers import Workers, connect
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, UsageError, choices, shorten
 from recycler.zoo.manifest import check_name
@@ -43,6 +44,7 @@ def profile(
     assign: Mapping[str, str | Iterable[str]] | None = None,
     generate: bool = False,
     force: bool = False,
+    engine: str | Workers | None = None,
     progress: Progress = silent,
     **loading: Any,
 ) -> Profile:
@@ -57,6 +59,7 @@ def profile(
         assign: adapter → own tasks, by hand.
         generate: also score exact match by generation.
         force: measure again, and replace a finished profile in `out`.
+        engine: who computes: "ray" or ``ray://HOST:PORT`` for workers (`recycler.workers`); this process where None. Scores are the same.
         loading: dtype, device, device_map, as `recycler.base.load_base` takes them.
 
     Raises:
@@ -87,7 +90,10 @@ def profile(
         if where is not None and not force and (where / "profile.json").exists():
             return _measured(where, key, given)
         try:
-            nll, exact = measure(model, sample, generate=generate, journal=journal, progress=progress, key=inputs)
+            with connect(engine, zoo) as workers:
+                nll, exact = measure(
+                    model, sample, generate=generate, journal=journal, progress=progress, key=inputs, workers=workers
+                )
         finally:
             model.engine.detach()
         result = replace(empty, nll=nll, exact=exact, assigned=given)
@@ -126,6 +132,7 @@ def build_router(
     select: str | None = None,
     count: int | None = None,
     force: bool = False,
+    engine: str | Workers | None = None,
     progress: Progress = silent,
     loading: dict[str, Any] | None = None,
     **config: Any,
@@ -143,6 +150,7 @@ def build_router(
             of a profile are those measured before (see `recycler.subtraction`).
         select, count: "kshot" chooses at most `count` of the adapters first, by the profile (see `recycler.selection`).
         force: replace a router that is in `out`.
+        engine: who computes, as in `profile`; for methods whose work can be shared.
         config: the method's own options; unknown ones are rejected with the choices.
 
     Raises:
@@ -152,6 +160,13 @@ def build_router(
     cls = find(method)
     settings = make_config(cls, config)
     annotating.allow(getattr(settings, "llm", None), zoo.path)
+    if engine not in (None, "local") and not cls.spreads(settings):
+        raise UsageError(
+            f"{method} has no work that workers could share.",
+            "It is fitted in one piece.",
+            "Leave --engine out. Others: arrow, and phatgoose with -o alone=true.",
+            code="E_OPTION",
+        )
     if out is not None:
         check_router_output(Path(out), force)
         require_writable(Path(out))
@@ -189,7 +204,9 @@ def build_router(
             code="E_NEEDS_PROFILE",
         )
     calibration.check(cls, settings, profile)
-    loaded = _loaded(zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {})
+    loaded = _loaded(
+        zoo, chosen, base or (None if profile is None else profile.base.get("path")), loading or {}, sharding.together()
+    )
     if profile is not None:
         _same_base(profile, loaded)
     model = RoutedModel(loaded, read_adapters(zoo, [*chosen, *general], loaded))
@@ -206,7 +223,8 @@ def build_router(
         if made:
             stages.append(made)
             model = _holding(made, model)
-        router = cls.fit(Fitting(model, progress), profile, settings)
+        with connect(engine, zoo) as workers:
+            router = cls.fit(Fitting(model, progress, workers), profile, settings)
         calibration.calibrate(router, Fitting(model, progress), profile)
         if out is not None:  # one that is not kept does so when it is first asked
             recruiting.settle(model, router, progress)
@@ -223,8 +241,10 @@ def build_router(
         **({"derived": _origins(stages)} if stages else {}),
         "versions": {name: version(name) for name in ("recycler", "torch", "transformers")},
     }
-    if out is not None:
+    if out is not None and sharding.leads():
         router.save(Path(out), force=force)
+    if sharding.together():
+        sharding.meet()
     return router
 
 
@@ -330,8 +350,10 @@ def base_of(zoo: Zoo, names: Iterable[str]) -> str:
     raise UsageError("The adapters declare no base.", "", "Name one with --base.")
 
 
-def _loaded(zoo: Zoo, names: Iterable[str], base: str | Base | None, loading: dict[str, Any]) -> Base:
-    return base if isinstance(base, Base) else load_base(base or base_of(zoo, names), **loading)
+def _loaded(zoo: Zoo, names: Iterable[str], base: str | Base | None, loading: dict[str, Any], shared: bool = False) -> Base:
+    if isinstance(base, Base):
+        return base
+    return (sharding.load if shared else load_base)(base or base_of(zoo, names), **loading)
 
 
 def _base_facts(zoo: Zoo, names: Iterable[str], loaded: Base) -> dict[str, Any]:

@@ -150,7 +150,10 @@ class Chat:
         """
         if only not in (None, "base", *self.model.names):
             raise UsageError(
-                f"There is no adapter {only!r} in this model.", "", f"Choose {choices(self.model.names)}.", code="E_UNKNOWN"
+                f"There is no adapter {only!r} in this model.",
+                "",
+                f"Choose {choices(self.model.names, only or '')}.",
+                code="E_UNKNOWN",
             )
         self.only = only
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 
-from recycler import build
+from recycler import build, sharding
 from recycler.base import Base
 from recycler.build import profile_folder, read_adapters, subject
 from recycler.contenders import DOUBLES, Contender, contenders
@@ -164,6 +164,7 @@ def build_auto(
     select: str | None = None,
     count: int | None = None,
     force: bool = False,
+    engine: Any = None,
     progress: Progress = silent,
     loading: dict[str, Any] | None = None,
 ) -> Router:
@@ -176,6 +177,16 @@ def build_auto(
         UsageError: no profile, or more folds than shots. InputError: no candidate could be fitted.
     """
     settings = auto_config(config)
+    if engine not in (None, "local"):
+        raise UsageError(
+            "auto has no work that workers could share.",
+            "It tries methods that are fitted in one piece.",
+            "Leave --engine out.",
+        )
+    if sharding.together():
+        raise UsageError(
+            "auto is not for several processes.", "It tries methods in one.", "Name a method, or start one process."
+        )
     if profile is None:
         raise UsageError("auto chooses by shots, and no profile was given.", "", "Add --profile NAME.", code="E_NEEDS_PROFILE")
     zoo = Zoo() if zoo is None else zoo

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -75,7 +77,15 @@ def _zoo(ctx: click.Context) -> Path:
 
 def adapters(ctx: click.Context) -> Iterable[str]:
     """The zoo's."""
-    return list(json.loads((_zoo(ctx) / "zoo.json").read_text(encoding="utf8"))["adapters"])
+    zoo = _zoo(ctx)
+    data = json.loads((zoo / "zoo.json").read_text(encoding="utf8"))
+    if "journal" in data:  # a large zoo's later ones stand in its index
+        try:
+            with closing(sqlite3.connect(f"{(zoo / 'cache' / 'index.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as index:
+                return [name for (name,) in index.execute("SELECT name FROM adapters")]
+        except sqlite3.Error:
+            pass
+    return list(data["adapters"])
 
 
 def adapters_of_model(ctx: click.Context) -> Iterable[str]:

@@ -15,7 +15,8 @@ from recycler.evaluation import BASELINES
 from recycler.routers.discovery import find, make_config, methods, options
 from recycler.zoo.errors import UsageError
 
-DOUBLES = (*BASELINES, "single")  # methods that are a baseline anyway
+# Methods that are a baseline anyway; or ridge, where adapters are no more than one would compare methods on.
+DOUBLES = (*BASELINES, "single", "hierarchy")
 
 
 @dataclass(frozen=True)

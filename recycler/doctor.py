@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from recycler import doctor_checks as checks
 from recycler.doctor_notes import Finding, Notes
 from recycler.doctor_zoo import zoo_health
-from recycler.zoo.errors import RecycleError, shorten
+from recycler.zoo.errors import RecycleError, counted, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,10 @@ def _profile(notes: Notes, zoo: Zoo, name: str | Path) -> Profile | None:
                 "adapters", f"{shorten(without)}: better than the base nowhere, by profile {profile.name}.",
                 "Routers that learn from shots cannot choose it.", "Profile the tasks that it was trained for, or leave it out.",
             )  # fmt: skip
-        notes.ok("model", f"profile {profile.name}: {len(profile.adapters)} adapters, {len(profile.tasks)} tasks")
+        notes.ok(
+            "model",
+            f"profile {profile.name}: {counted(len(profile.adapters), 'adapter')}, {counted(len(profile.tasks), 'task')}",
+        )
         return profile
     return None
 
@@ -231,7 +234,7 @@ def _model(
                         whole.engine.detach()
         with notes.during("versions"):
             checks.versions_then(notes, manifest.get("versions") or {})
-        notes.ok("model", f"{folder}: {len(manifest['adapters'])} adapters, {manifest['router']}")
+        notes.ok("model", f"{folder}: {counted(len(manifest['adapters']), 'adapter')}, {manifest['router']}")
         return manifest["router"], loaded
     return None, None
 
@@ -340,7 +343,7 @@ def _forwards(notes: Notes, model: RoutedModel, shots: Sequence[Any]) -> None:
     if away(routed_BV) > _SAME:
         notes.ok(
             "router",
-            f"routed answers differ from the base's; {len(fired)} of {len(model.names)} adapters fired: {shorten(fired, 6)}",
+            f"routed answers differ from the base's; {len(fired)} of {counted(len(model.names), 'adapter')} fired: {shorten(fired, 6)}",
         )
     elif not fired:
         notes.suspect("router", "The router leaves all of these prompts to the base.", "No adapter gets any weight.",

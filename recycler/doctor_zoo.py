@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recycler.doctor_notes import Notes
 from recycler.zoo import staging
-from recycler.zoo.errors import RecycleError, shorten
+from recycler.zoo.errors import RecycleError, counted, shorten
 from recycler.zoo.inspect import printable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def zoo_health(
             fit += _adapter(notes, zoo, name, shapes)
             step()
         compared = "read" if shapes is None else f"fit {base}"
-        notes.ok("zoo", f"{zoo.path}: {len(entries)} adapters, of which {fit} {compared}")
+        notes.ok("zoo", f"{zoo.path}: {counted(len(entries), 'adapter')}, of which {fit} {compared}")
 
 
 def _files(notes: Notes, zoo: Zoo) -> set[str]:
@@ -91,9 +91,10 @@ def _leftovers(notes: Notes, zoo: Zoo) -> None:
             "zoo", "Another process is writing into the zoo.", "What is listed may change.", "Wait for it.", code="E_BUSY"
         )
         return
-    private = [p for p in (zoo.path / "adapters").glob(f"{staging._PRIVATE}*") if p.suffix != ".lock"]
+    bench = staging.bench(zoo.path)
+    private = [p for p in bench.glob(f"{staging._PRIVATE}*") if p.suffix != ".lock"]
     dead = [p.name for p in private if not held(p.with_name(p.name + ".lock"))]
-    dead += [p.name for p in (zoo.path / "adapters").glob(f"{staging._DOUBT}*")]
+    dead += [p.name for p in bench.glob(f"{staging._DOUBT}*")]
     dead += [p.name for p in zoo.path.glob("zoo.json.tmp-*")]
     if dead:
         notes.suspect(

@@ -13,7 +13,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 _PACKAGES = (
     "recycler", "torch", "transformers", "peft", "huggingface-hub", "safetensors", "accelerate", "sentence-transformers", "tokenizers",
-    "bitsandbytes", "triton", "vllm", "numpy", "click", "rich",
+    "bitsandbytes", "triton", "vllm", "fastapi", "uvicorn", "matplotlib", "lm-eval", "ray", "numpy", "click", "rich",
 )  # fmt: skip
 _PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "RECYCLE_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "TOKENIZERS_", "XDG_CACHE_HOME",
              "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_")  # fmt: skip

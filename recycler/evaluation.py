@@ -239,10 +239,10 @@ def _check(model: RoutedModel, shots: Shots, routers: Mapping[str, Router], owne
         raise UsageError("There are no rows to evaluate.", "", "Give JSONL files, one task each.")
     for task, name in owner.items():
         if task not in shots:
-            raise UsageError(f"There is no task {task!r} here.", "", f"Choose {choices(shots)}.", code="E_UNKNOWN")
+            raise UsageError(f"There is no task {task!r} here.", "", f"Choose {choices(shots, task)}.", code="E_UNKNOWN")
         if name not in model.names:
             raise UsageError(
-                f"There is no adapter {name!r} in this model.", "", f"Choose {choices(model.names)}.", code="E_UNKNOWN"
+                f"There is no adapter {name!r} in this model.", "", f"Choose {choices(model.names, name)}.", code="E_UNKNOWN"
             )
     own = model.router
     try:

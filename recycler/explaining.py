@@ -179,8 +179,8 @@ def explain(
         task: for a router that wants to be told (`oracle`).
 
     Raises:
-        UsageError: the prompt is blank, or `max_new_tokens` is below 1. InputError: weights are not one row a token, as in experts
-            that see only some tokens.
+        UsageError: the prompt is blank, or `max_new_tokens` is below 1. InputError: prompt and answer are longer than the base's
+            context, or weights are not one row a token, as in experts that see only some tokens.
     """
     check_prompt(prompt)
     if max_new_tokens < 1:
@@ -188,8 +188,10 @@ def explain(
     shot = Shot(prompt, answer or "")
     inputs = text.prompts(model.source, [[shot]])
     asked = inputs["input_ids"][0].tolist()
+    given = [] if answer is None else _given(model, shot)
+    _check_length(model, len(asked), len(given) or 1)
     with nullcontext() if task is None else model.labelled([task]), model.planned(inputs) as plan:
-        answered = _generated(model, inputs, max_new_tokens) if answer is None else _given(model, shot)
+        answered = _generated(model, inputs, max_new_tokens) if answer is None else given
         record: dict[str, Tensor] = {}
         with model.engine.control.set(record=record):
             loss_RT = nll(model, _batch(model, asked, answered, 1), None)
@@ -227,6 +229,17 @@ def check_prompt(prompt: str) -> None:
     """Raises UsageError where there is nothing to explain."""
     if not prompt.strip():
         raise UsageError("There is no prompt to explain.", "It is blank.", "Give some text.")
+
+
+def _check_length(model: RoutedModel, asked: int, answered: int) -> None:
+    """Raises InputError where the base has no positions for so many tokens: each adapter would cost a forward that says nothing."""
+    size = None if model.source.encoder_decoder else getattr(model.config, "max_position_embeddings", None)
+    if size is not None and asked + answered > size:
+        raise InputError(
+            f"The prompt has {asked} tokens{f', and its answer {answered}' if answered > 1 else ''}.",
+            f"The base's context is {size}.",
+            "Shorten the prompt.",
+        )
 
 
 def _method(model: RoutedModel) -> str:

@@ -218,9 +218,9 @@ class _Run:
                 entry = zoo.entry(one.name)
                 try:
                     if self.wanted[index].pinned is None:
-                        self.intake.policy.check_norm(one.name, entry.norm, entry.base, zoo.entries.values())
+                        self.intake.policy.check_norm(one.name, entry.norm, entry.base, zoo.peers(entry.base))
                         if not self.intake.bases.force:
-                            check_company(entry, zoo.entries.values(), self.intake.bases.aliases)
+                            check_company(entry, zoo.peers(entry.base, entry.base_path), self.intake.bases.aliases)
                 except RecycleError as error:
                     zoo.remove(one.name)
                     outcome[place] = Failure(one.name, self.wanted[index].source.text, error)

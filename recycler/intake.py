@@ -319,7 +319,7 @@ class Intake:
             warnings = self.policy.check_licence(job.name, licence)
             known = self.zoo.entries.get(job.name)
             if known is None:  # what is in was accepted once
-                warnings += self.policy.check_norm(job.name, norm, placed.base, self.zoo.entries.values())
+                warnings += self.policy.check_norm(job.name, norm, placed.base, self.zoo.peers(placed.base))
             if pinned is not None:
                 norm, more = check_against(pinned, facts_of(staged), norm)
                 warnings += more
@@ -356,7 +356,7 @@ class Intake:
         """As `Policy.check_norm`, beside what the zoo holds now; what it holds already was accepted once."""
         if name in self.zoo.entries:
             return ()
-        return self.policy.check_norm(name, norm_of(adapter), base, self.zoo.entries.values())
+        return self.policy.check_norm(name, norm_of(adapter), base, self.zoo.peers(base))
 
 
 _converting = threading.Lock()  # PEFT and transformers change settings of the process while they build a model

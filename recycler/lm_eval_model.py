@@ -80,6 +80,8 @@ class RecyclerLM(HFLM):
         if isinstance(pretrained, RoutedModel):
             model = pretrained
         else:
+            if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+                device = None  # lm-eval's command line says cuda:0 unless told otherwise, and its own models go to the CPU then
             model = load(pretrained, base=base, resident=resident, device=device, dtype=dtype)
         if router is not None:
             from recycler.build import router_folder

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,14 +32,20 @@ class Group(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        pressed: list[bool] = []
         try:
-            return super().invoke(ctx)
+            with _watching(pressed):
+                return super().invoke(ctx)
         except RecycleError as error:
             from recycler.terminal import complain
 
             complain(error)
             ctx.exit(error.exit_code)
         except Exception as error:
+            if pressed and isinstance(
+                error, (ImportError, RecursionError)
+            ):  # what libraries make of it while they are imported
+                self._interrupted(ctx)
             refused = _of_the_system(error)
             if refused is None:
                 raise
@@ -45,10 +54,32 @@ class Group(click.Group):
             complain(refused)
             ctx.exit(refused.exit_code)
         except KeyboardInterrupt:
-            from recycler.terminal import say
+            self._interrupted(ctx)
 
-            say(_INTERRUPTED.get(ctx.invoked_subcommand or "", "interrupted; nothing unfinished was kept"))
-            ctx.exit(130)
+    def _interrupted(self, ctx: click.Context) -> None:
+        from recycler.terminal import say
+
+        say(_INTERRUPTED.get(ctx.invoked_subcommand or "", "interrupted; nothing unfinished was kept"))
+        ctx.exit(130)
+
+
+@contextmanager
+def _watching(pressed: list[bool]) -> Iterator[None]:
+    """Notes in `pressed` that Ctrl-C was pressed, whatever becomes of the exception."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(True)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +100,13 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_base(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--base", help="The base model: a Hub id, or a folder that holds a copy.")(function)
+
+
+def with_engine(function: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = (
+        "Share the work: ray (workers on this machine, or the cluster at $RAY_ADDRESS) or ray://HOST:PORT; same results."
+    )
+    return click.option("--engine", metavar="ENGINE", help=help_text)(function)
 
 
 def with_select(function: Callable[..., Any]) -> Callable[..., Any]:

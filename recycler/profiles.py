@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from recycler.journal import LOCK, write_text
-from recycler.scoring import Progress, answer, mean_nll, silent
+from recycler.scoring import Fitting, Progress, answer, mean_nll, shot_length, silent
 from recycler.shots import Shot, Shots, parse_row
-from recycler.text import completion_ids
+from recycler.text import by_length, completion_ids
+from recycler.workers import Workers
 from recycler.zoo.errors import InputError, RecycleError, UsageError, choices
 
 if TYPE_CHECKING:
@@ -310,46 +312,60 @@ def measure(
     key: str = "",
     tokens: int = 2048,
     progress: Progress = silent,
+    workers: Workers | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores the base and every adapter of `model` on every shot: (nll, exact), each [N+1, tasks, K].
 
-    A forward holds rows of many adapters; how they are batched does not depend on where an earlier run stopped.
+    A forward holds rows of many adapters; how they are batched depends neither on where an earlier run stopped nor on who computes.
 
     Args:
         generate: also answer every prompt, and compare.
         journal: finished rows are written there, and read again after an interruption.
         key: whatever else the scores depend on; a journal of another key is thrown away.
+        tokens: padded tokens in one forward.
+        workers: who computes; this process where None.
     """
     count = len(model.names) + 1
     tasks = list(shots)
     k = len(shots[tasks[0]])
     jobs = [(e, shot) for task in tasks for shot in shots[task] for e in range(count)]
     done = _Journal(journal, f"{model.names} {shots.sha256} {key}")
+    fitting = Fitting(model, progress, workers)
+    lengths = {shot: shot_length(model, shot) for task in tasks for shot in shots[task]}
 
-    def run(what: str, work: Callable[[list[int], Callable[..., None]], list[float]], block: int) -> Tensor:
-        todo = [i for i in range(len(jobs)) if (what, i) not in done]
-        todo.sort(key=lambda i: -len(jobs[i][1].prompt) - len(jobs[i][1].completion))  # a block pads little
-        step = progress(len(todo), "scoring" if what == "nll" else "answering")
-        for start in range(0, len(todo), block):
-            numbers = todo[start : start + block]
-            done.write(what, numbers, work(numbers, step))
+    def run(what: str, work: Callable[[Any, _Block], list[float]], **limits: int) -> Tensor:
+        blocks = by_length([lengths[shot] for _, shot in jobs], **limits)
+        todo = [numbers for numbers in blocks if any((what, i) not in done for i in numbers)]
+        step = progress(sum(map(len, todo)), "scoring" if what == "nll" else "answering")
+        for number, values in fitting.workers.run(fitting, work, [[jobs[i] for i in numbers] for numbers in todo]):
+            step(len(values), fitting.workers.about)
+            done.write(what, todo[number], values)
         scores = torch.tensor([done[what, i] for i in range(len(jobs))])
         return scores.view(len(tasks), k, count).permute(2, 0, 1).contiguous()
 
-    def mixtures(numbers: list[int]) -> Tensor:  # of one block: those of all jobs would be as large as the square of the zoo
-        return torch.eye(count)[[jobs[i][0] for i in numbers], 1:]
+    nll = run("nll", _score, tokens=tokens)
+    return nll, run("exact", _match, rows=32) if generate else None
 
-    def score(numbers: list[int], step: Callable[..., None]) -> list[float]:
-        return mean_nll(model, [jobs[i][1] for i in numbers], mixtures(numbers), tokens=tokens, step=step)
 
-    def match(numbers: list[int], step: Callable[..., None]) -> list[float]:
-        rows = [jobs[i][1] for i in numbers]
-        limits = [len(completion_ids(model.source, row)) + 4 for row in rows]
-        texts = answer(model, rows, mixtures(numbers), max_new_tokens=limits, step=step)
-        return [float(exact_match(text, row.completion)) for text, row in zip(texts, rows, strict=True)]
+_Block = list[tuple[int, Shot]]  # what one forward holds: (adapter's number, 0 for the base; shot)
 
-    nll = run("nll", score, 256)
-    return nll, run("exact", match, 128) if generate else None
+
+def _mixtures(model: RoutedModel, block: _Block) -> Tensor:
+    return torch.eye(len(model.names) + 1)[[e for e, _ in block], 1:]
+
+
+def _score(fitting: Fitting, block: _Block) -> list[float]:
+    """Mean NLL of each."""
+    rows, model = [shot for _, shot in block], fitting.model
+    return mean_nll(model, rows, _mixtures(model, block), tokens=sys.maxsize)
+
+
+def _match(fitting: Fitting, block: _Block) -> list[float]:
+    """1.0 for each whose answer matched."""
+    rows, model = [shot for _, shot in block], fitting.model
+    limits = [len(completion_ids(model.source, row)) + 4 for row in rows]
+    texts = answer(model, rows, _mixtures(model, block), max_new_tokens=limits, batch_size=len(rows))
+    return [float(exact_match(text, row.completion)) for text, row in zip(texts, rows, strict=True)]
 
 
 def exact_match(generated: str, reference: str) -> bool:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from recycler.card import record_evaluation
 from recycler.model_folder import CARD, MANIFEST, belongs
 from recycler.publishing import Public, check_licences, publish
-from recycler.zoo.errors import HubError, UsageError, shorten
+from recycler.zoo.errors import HubError, UsageError, counted, shorten
 from recycler.zoo.hub_writing import There, Writer, refusal
 from recycler.zoo.inspect import printable
-from recycler.zoo.sources import Source
+from recycler.zoo.match import is_hub_id
 
 if TYPE_CHECKING:
     from recycler.evaluation import Evaluation
@@ -117,8 +117,7 @@ def push(
         InputError: no composed model, or licences. UsageError: the base has no id, or the repository is in use.
         SecurityError: changed weights, secrets, links, files that no model holds. HubError: the Hub does not take it; it says why.
     """
-    source = Source.parse(f"hf://{repo_id}") if "/" in repo_id else None
-    if source is None or source.repo != repo_id:
+    if not is_hub_id(repo_id) or "/" not in repo_id:
         raise UsageError(
             f"{printable(repo_id)!r} is no id on the Hub.", "", "Write org/name, or your-name/name.", code="E_NAME"
         )
@@ -137,7 +136,8 @@ def push(
     except HubError as error:
         if not dry_run:
             raise refusal(repo_id, error.__cause__ or error, error) from error
-        there, unasked = There(False, False, None, False, ()), [f"warning: the Hub was not asked. {error}"]
+        why = error.why if error.code == "E_UNREACHABLE" else error  # the rest speaks of fetching
+        there, unasked = There(False, False, None, False, ()), [f"warning: the Hub was not asked. {why}"]
     names = [record["name"] for record in public.manifest["adapters"]]
     removed = _may_be_pushed(repo_id, there, public, names, private=private, force=force)
     notes = check_licences(
@@ -147,7 +147,7 @@ def push(
     sizes, url = public.sizes, f"{hub.endpoint}/{repo_id}"
     if dry_run:
         return Pushed(repo_id, url, None, None, True, sizes, removed, tuple(notes), public.card)
-    message = commit_message or f"{len(names)} adapters, routed by {public.manifest['router']}"
+    message = commit_message or f"{counted(len(names), 'adapter')}, routed by {public.manifest['router']}"
     parent = hub.prepare(there, revision, private=private, create_pr=create_pr)
     commit, pull_request = hub.commit(public.files, removed, message, revision, parent, create_pr=create_pr)
     return Pushed(repo_id, url, commit, pull_request, commit != parent, sizes, removed, tuple(notes), public.card)

@@ -61,14 +61,15 @@ class _Enough(Exception):
 
 def _after(reads: nn.Module, depth: float, inputs: Mapping[str, Any]) -> Tensor:
     """What comes out of the layer at `depth`; nothing above it runs."""
-    layers = _layers(reads)
+    stack = layers(reads)
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Enough
+        if not hasattr(reads, "unshard"):  # one in parts over several processes must come to its end
+            raise _Enough
 
-    handle = layers[max(round(depth * len(layers)), 1) - 1].register_forward_hook(stop)
+    handle = stack[max(round(depth * len(stack)), 1) - 1].register_forward_hook(stop)
     try:
         with suppress(_Enough):
             reads(**inputs)
@@ -77,7 +78,7 @@ def _after(reads: nn.Module, depth: float, inputs: Mapping[str, Any]) -> Tensor:
     return found[0]
 
 
-def _layers(reads: Any) -> nn.ModuleList:
+def layers(reads: Any) -> nn.ModuleList:
     """The stack of equal layers that a transformer is."""
     count = reads.config.num_hidden_layers
     stacks = [module for module in reads.modules() if isinstance(module, nn.ModuleList) and len(module) == count]

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recycler import text
+from recycler import sharding, text
 from recycler.engine.sites import weight_OD
 from recycler.reading import Reading
 from recycler.routed import RoutedModel
 from recycler.routers.protocol import Batch, Group, Weights
 from recycler.sampling import Draws
 from recycler.shots import Shot
+from recycler.workers import Item, Local, Result, Workers
 
 if TYPE_CHECKING:
     from recycler.zoo.adapter import Factors
@@ -140,11 +141,21 @@ def shot_length(model: RoutedModel, shot: Shot) -> int:
 class Fitting(Reading):
     """A RoutedModel as routers see it while they are fitted: `recycler.routers.protocol.Model`."""
 
-    def __init__(self, model: RoutedModel, progress: Progress = silent) -> None:
+    def __init__(self, model: RoutedModel, progress: Progress = silent, workers: Workers | None = None) -> None:
         super().__init__(model)
         self.progress = progress
+        self.workers = Local() if workers is None else workers
         self.groups: tuple[Group, ...] = model.engine.groups
         self.sites = tuple(name for name, _ in model.base.named_modules() if name in model.factors)
+        self.part = sharding.part(model.base)
+
+    def map(self, work: Callable[[Any, Item], Result], items: Sequence[Item], what: str) -> list[Result]:
+        step = self.progress(len(items), what)
+        results: dict[int, Result] = {}
+        for number, result in self.workers.run(self, work, items):
+            results[number] = result
+            step(1, self.workers.about)
+        return [results[number] for number in range(len(items))]
 
     def factors(self, site: str) -> Mapping[str, Factors]:
         return self.model.factors[site]

@@ -34,19 +34,19 @@ class Arrow(LinearRouter):
 
     @classmethod
     def fit(cls, model: Model, profile: Profile | None, config: Policy) -> Self:
-        rows = {}
-        step = model.progress(len(model.groups), "prototypes")
-        for group in model.groups:
-            for site in group.sites:
-                factors = model.factors(site)
-                v_ED = torch.zeros(len(model.adapters), group.width)
-                offset_E = torch.full((len(model.adapters),), float("-inf"))
-                for index, name in enumerate(model.adapters):
-                    if name in factors:
-                        v_ED[index], offset_E[index] = prototype(factors[name]), 0.0
-                rows[site] = Rows(v_ED, offset_E)
-            step()
+        count = len(model.adapters)
+        widths = {site: group.width for group in model.groups for site in group.sites}
+        v_ED = {site: torch.zeros(count, width) for site, width in widths.items()}
+        offset_E = {site: torch.full((count,), float("-inf")) for site in widths}
+        for index, found in enumerate(model.map(_prototypes, model.adapters, "prototypes")):
+            for site, v_D in found.items():
+                v_ED[site][index], offset_E[site][index] = v_D, 0.0
+        rows = {site: Rows(v_ED[site], offset_E[site]) for site in widths}
         return cls(model.adapters, config, rows)
+
+    @classmethod
+    def spreads(cls, config: Policy) -> bool:
+        return True
 
     def extended(self, model: Model, profile: Profile | None, name: str) -> Self:
         def column(group: Group, site: str) -> Tensor | None:
@@ -57,6 +57,12 @@ class Arrow(LinearRouter):
 
     def without(self, name: str) -> Self:
         return columns.without(self, name)
+
+
+def _prototypes(model: Model, name: str) -> dict[str, Tensor]:
+    """Site → the prototype of one adapter, where it has factors."""
+    held = {site: model.factors(site) for group in model.groups for site in group.sites}
+    return {site: prototype(factors[name]) for site, factors in held.items() if name in factors}
 
 
 def prototype(factors: Factors) -> Tensor:

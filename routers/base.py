@@ -112,6 +112,11 @@ class Router(nn.Module, ABC):
         return cls.needs
 
     @classmethod
+    def spreads(cls, config: Any) -> bool:
+        """Whether `fit` leaves its work to `Model.map`, so that several workers can share it."""
+        return False
+
+    @classmethod
     @abstractmethod
     def fit(cls, model: Model, profile: Any, config: Any) -> Self:
         """Learns the router. The base and the adapters stay bit-identical.

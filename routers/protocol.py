@@ -146,6 +146,7 @@ class Model(Reader, Protocol):
 
     groups: tuple[Group, ...]
     sites: tuple[str, ...]  # of all groups, in the order in which the base defines its modules
+    part: tuple[int, int]  # (which process this is, how many share the base); (0, 1) where it is on its own
 
     def factors(self, site: str) -> Mapping[str, Factors]:
         """The adapters that hold factors at `site`, by name."""
@@ -177,6 +178,11 @@ class Model(Reader, Protocol):
 
     def batches(self, rows: Sequence[Sequence[Any]], tokens: int) -> Iterator[list[int]]:
         """Row numbers in batches of about `tokens` tokens, rows of like length together."""
+        ...
+
+    def map(self, work: Callable[[Any, Any], Any], items: Sequence[Any], what: str) -> list[Any]:
+        """``work(model, item)`` for every item, in order, under a bar called `what`. Others may do it, who hold an equal model: `work` is
+        a function of a module, items and results are small and can be sent, and no item knows what came of another."""
         ...
 
     def progress(self, steps: int, what: str) -> Callable[..., None]:

@@ -36,9 +36,13 @@ def descend(
 ) -> list[float]:
     """Mean loss of each step. Every pass over the rows visits each once, in a seeded order.
 
+    Where several processes share a base (`Model.part`), each takes its rows of every batch, and gradients are added up: steps are those
+    that one process takes.
+
     Args:
         mixture: the weights for a batch, given the numbers of its rows; gradients flow through it to `parameters`.
     """
+    which, of = model.part
     rng = random.Random(seed)
     trained = list(parameters)
     optimiser = torch.optim.AdamW(trained, lr=dials.lr, weight_decay=0.0, eps=1e-8)
@@ -53,17 +57,31 @@ def descend(
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
         for part in model.batches(shots, dials.tokens):
-            batch = model.encode([shots[i] for i in part])
-            loss_BT = model.nll(batch, mixture(batch, [chosen[i] for i in part]))
+            # All processes run every batch, or those that do would wait for the others' parts of the base.
+            own = part[which::of] or part[:1]
+            batch = model.encode([shots[i] for i in own])
+            loss_BT = model.nll(batch, mixture(batch, [chosen[i] for i in own]))
             # The mean per row: no adapter's long completions may outvote another's short ones.
-            loss = (loss_BT.sum(1) / (batch.labels_BT != -100).sum(1)).sum() / len(chosen)
+            loss = (loss_BT.sum(1) / (batch.labels_BT != -100).sum(1)).sum() / len(chosen) * (which < len(part))
             loss.backward()
             total += float(loss.detach())
+        if of > 1:
+            total = _add_up(trained, total)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         losses.append(total)
         step(1, f"loss {total:.3f}")
     return losses
+
+
+def _add_up(parameters: Sequence[nn.Parameter], loss: float) -> float:
+    """The loss of all processes; gradients become theirs too. Each has divided by the rows of all, so that the sum is the mean."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([loss])])
+    torch.distributed.all_reduce(flat)
+    for p, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+    return float(flat[-1])
 
 
 def ends(losses: Sequence[float]) -> dict[str, float]:

@@ -189,7 +189,7 @@ class XLora(Router):
         names = list(self.heads)
         w_LEH = nn.Parameter(torch.stack([self.heads[name][0] for name in names]).to(device))
         b_LE = nn.Parameter(torch.stack([self.heads[name][1] for name in names]).to(device))
-        noise = torch.Generator(device).manual_seed(seed)
+        noise = torch.Generator(device).manual_seed(seed + model.part[0])
 
         def drop(x: Tensor) -> Tensor:
             keep = 1.0 - self.config.dropout

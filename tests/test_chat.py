@@ -362,6 +362,8 @@ def test_in_a_terminal(quick: Path) -> None:
     terminal.read("\x1b[36m")  # the first token, in the first colour
     terminal.send("\x03")
     assert "(stopped)" in terminal.read("› ")
+    terminal.send("/explain\n")
+    assert re.search(r"by layer, first to last.*code +100% +██", terminal.read("› "), re.DOTALL)
     terminal.send("/prose\n")
     assert "There is no command /prose." in terminal.read("› ")
     terminal.send("\x03")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -223,7 +224,8 @@ def test_json_parses_and_has_a_version(way: Way, tmp_path: Path) -> None:
     assert with_json == {f"recycle {name}" for name in (
         "fetch", "zoo list", "zoo show", "zoo remove", "zoo verify", "zoo path", "zoo check", "zoo health", "zoo licences",
         "profile", "routers", "build-router", "bench-routers", "eval",
-        "search", "extract", "explain", "export", "push", "doctor", "env", "errors",  # with tests of their own
+        "search", "extract", "explain", "export", "push", "doctor", "env", "errors", "zoo reindex", "zoo search", "zoo copies",
+        "zoo clusters",  # with tests of their own
     )}  # fmt: skip
 
 
@@ -427,6 +429,16 @@ def test_interrupted(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = recycle("profile", way.pico.tasks[0], "--kshot", 1, "--out", tmp_path / "p", zoo=way.zoo)
     assert result.exit_code == 130 and result.stderr == "interrupted; the same command goes on where it stopped\n"
     monkeypatch.setattr("recycler.composition.load", stop)
+    result = recycle("run", way.model, "-p", "a")
+    assert result.exit_code == 130 and result.stderr == "interrupted; nothing unfinished was kept\n"
+
+    def muddle(*args: Any, **options: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("half of it was imported") from None  # as libraries do
+
+    monkeypatch.setattr("recycler.composition.load", muddle)
     result = recycle("run", way.model, "-p", "a")
     assert result.exit_code == 130 and result.stderr == "interrupted; nothing unfinished was kept\n"
 

@@ -254,6 +254,7 @@ def test_recycle_errors() -> None:
     assert data["schema_version"] == 1 and list(data["errors"]) == list(CATALOGUE)
     assert data["errors"]["E_HASH"]["docs"] == "docs/errors.md#e_hash" and data["errors"]["E_HASH"]["exit"] == 4
     assert recycle("errors", "E_PROSE").exit_code == 2
+    assert "one of: E_PICKLE, " in recycle("errors", "PICLE").stderr  # of many names, those that look alike come first
     with pytest.raises(UsageError, match="no error code"):
         explain("E_PROSE")
 

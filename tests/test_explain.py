@@ -27,7 +27,7 @@ from recycler.pieces import pieces
 from recycler.routed import RoutedModel
 from recycler.routers.protocol import Group
 from recycler.shots import Shot
-from recycler.zoo.errors import UsageError
+from recycler.zoo.errors import InputError, UsageError
 
 PROMPT, ANSWER = PROMPTS[0], " héllo"
 
@@ -230,6 +230,9 @@ def test_what_cannot_be_explained(model: RoutedModel) -> None:
         explain(model, " \n")
     with pytest.raises(UsageError, match="max_new_tokens=0"):
         explain(model, PROMPT, max_new_tokens=0)
+    if not model.source.encoder_decoder:
+        with pytest.raises(InputError, match=r"The prompt has \d+ tokens. The base's context is"):
+            explain(model, "a " * model.config.max_position_embeddings)
     assert recycler.explain is explain
 
 
@@ -312,7 +315,7 @@ def test_mistakes_are_said_before_the_model_is_loaded(way: Way, tmp_path: Path, 
         for args, message in (
             (["-p", PROMPT, "--html", page], "exists"),
             (["-p", PROMPT, "--html", tmp_path], "is a folder"),
-            (["-p", "a", "-p", "b", "--answer", "c"], "2 prompts and 1 answers"),
+            (["-p", "a", "-p", "b", "--answer", "c"], "-p was given 2 times, and --answer 1"),
             (["-p", " "], "no prompt"),
             ([], "--prompt"),
         ):

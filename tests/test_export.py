@@ -349,6 +349,7 @@ def test_a_router_with_a_table_loses_nothing(zoo: recycler.Zoo, llama: Pico, tmp
     done = recycler.export(recycler.compose(zoo, router), "vllm", tmp_path / "out", prompts=PROMPTS)
     assert done.facts["chosen"] == {"mix-1": 1, "mix-2": 1} and done.differences["the routed model"].max < 1e-4
     assert any("code 0.5, math 0.3, law 0.2 (mix-2)" in line for line in done.lines())
+    assert any(line.strip() == f"sh {done.folder / 'serve.sh'}" for line in done.lines())
     assert "(mix-2)" in (tmp_path / "out" / "README.md").read_text()
     chooser = Chooser(recycler.load(tmp_path / "out" / "model"), [Option(**one) for one in done.facts["options"]])
     assert [chooser.choose({"prompt": prompt}).name for prompt in PROMPTS] == ["mix-1", "mix-2"]

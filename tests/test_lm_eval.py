@@ -300,6 +300,8 @@ def test_lm_evals_own_way(world: World, capsys: pytest.CaptureFixture[str], monk
     )
     assert found["config"]["model"] == "recycler" and found["config"]["router"] is None
     assert found["results"]["pico_choice"]["acc,none"] in [i / 5 for i in range(6)]
+    if not torch.cuda.is_available():  # its command line asks for cuda:0 unless told otherwise
+        assert RecyclerLM(world.models["ridge"], device="cuda:0").device.type == "cpu"
     monkeypatch.setattr(sys, "argv", ["recycler.lm_eval_model", "run", "--help"])
     with pytest.raises(SystemExit) as end:
         run_lm_eval()

@@ -312,6 +312,8 @@ def test_results_are_what_the_bench_wrote(bench: tuple[Path, Path], tmp_path: Pa
     again = results.read(lone)
     assert [one.means["all rows"] for one in again.contenders] == [one.means["held-in"] for one in found.contenders]
     assert again.helps is False and again.verdicts[0].startswith("Don't bother")
+    lone.rename(tmp_path / "evaluation.json")  # as `eval --record` keeps it in a model's folder
+    assert results.read(tmp_path) == again
 
 
 def test_every_kind_from_the_command_line(way: Way, bench: tuple[Path, Path], tmp_path: Path) -> None:
@@ -345,6 +347,7 @@ def test_bad_input(llama: Pico, bench: tuple[Path, Path], tmp_path: Path) -> Non
     (tmp_path / "other.json").write_text('{"schema_version": 1, "groups": {"a": {"contenders": {"b": 1}}}}', encoding="utf8")
     (tmp_path / "newer.json").write_text('{"schema_version": 99}', encoding="utf8")
     (tmp_path / "text.json").write_bytes("\udcff".encode("utf8", "surrogatepass"))
+    (tmp_path / "held.csv").write_text("of another picture", encoding="utf8")
     out = ["--out", tmp_path / "x.png"]
     for args, code, message in (
         (["tasks", "--profile", "none", *out], 3, "holds no profile"),
@@ -363,6 +366,7 @@ def test_bad_input(llama: Pico, bench: tuple[Path, Path], tmp_path: Path) -> Non
         (["cost", tmp_path / "text.json", *out], 3, "cannot be read"),
         (["cost", tmp_path / "newer.json", *out], 3, "newer version"),
         (["cost", bench[0], "--out", tmp_path / "x.jpg"], 2, "--out picture.png"),
+        (["cost", bench[0], "--out", tmp_path / "held.svg"], 2, "held.csv exists. The numbers of the picture go there."),
         (["cost", bench[0], "--out", tmp_path / "x.svg" / ".." / ".." / tmp_path.name], 2, "is no .png"),
     ):
         done = recycle("plot", *args, zoo=llama.zoo)

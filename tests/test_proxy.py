@@ -381,6 +381,13 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     url = said[0].split()[2].removesuffix(",")
     answer = requests.post(f"{url}/completions", json={"prompt": PROMPTS[0], "max_tokens": TOKENS}, timeout=60)
     assert answer.json()["choices"][0]["text"] == world.expected(PROMPTS[0])
+    assert len(said) == 1
+    threading.Thread(
+        target=serve, args=(open_proxy(world.folder, "http://127.0.0.1:1"), "127.0.0.1", 0, said.append), daemon=True
+    ).start()
+    while len(said) < 3:
+        time.sleep(0.01)
+    assert said[1].startswith("warning: nothing listens at http://127.0.0.1:1")
     taken = CliRunner().invoke(main, ["proxy", str(world.folder), "--port", url.split(":")[2].removesuffix("/v1")])
     assert taken.exit_code == 2 and "Nothing can listen" in taken.stderr and "--port" in taken.stderr
     assert CliRunner().invoke(main, ["proxy", str(tmp_path)]).exit_code == 3

@@ -296,7 +296,10 @@ def test_nobody_is_there(model: Path, hub: Hub) -> None:
     with pytest.raises(HubError, match=f"{ID} could not be pushed"):
         push(model, hub, endpoint="http://127.0.0.1:1")
     told = push(model, hub, endpoint="http://127.0.0.1:1", dry_run=True)
-    assert any("was not asked" in note for note in told.notes)
+    assert any("was not asked" in note and "fetched" not in note for note in told.notes)
+    for name in ("routed", "org/ro uted", "org/routed@main", "org/routed/sub", "./routed"):
+        with pytest.raises(UsageError, match="no id on the Hub"):
+            push(model, hub, name)
 
 
 def test_without_a_token(model: Path, hub: Hub) -> None:

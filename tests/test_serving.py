@@ -373,6 +373,7 @@ def test_bad_bodies_are_refused_and_the_server_lives(server: Running, model: Rou
         ({"max_tokens": 2000}, "max_tokens is 2000, and this server's limit 1024"),
         ({"max_tokens": 1000}, "The context is 512 tokens; the prompt has 1, and max_tokens is 1000"),
         ({"prompt": ""}, "A prompt is empty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: this is not served"),
         ({"temprature": 0}, "There is no field 'temprature' here"),
         ({"tools": [{"type": "function"}]}, "tools: .*not served"),
         ({"presence_penalty": 0.5}, "penalties are not served"),
@@ -386,6 +387,13 @@ def test_what_is_wrong_is_said(server: Running, change: dict[str, Any], message:
     with pytest.raises(openai.APIStatusError, match=message) as raised:
         server.client().post("/completions", cast_to=object, body={**OKAY, **change})
     assert raised.value.status_code == (404 if "model" in change and change["model"] == "prose" else 400)
+
+
+def test_what_is_wrong_with_a_whole_body(server: Running) -> None:
+    found, answer = server.post("/v1/completions", b"[]")
+    assert found == 400 and answer["error"]["message"].startswith("the body: ")
+    found, sent = server.send("POST", "/v1/completions", b"{}", {})
+    assert found == 415 and b"Content-Type: application/json" in sent
 
 
 def test_other_refusals(server: Running) -> None:

@@ -57,6 +57,8 @@ _ROWS: dict[int, list[tuple[str, str, str, str]]] = {
          "Run it again; if it stays so, report it with the output of `recycle env`."),
         ("E_SYSTEM", "The system refused a file", "A disk is full, or a file may not be read or written.",
          "Check permissions and free space; `recycle doctor` shows both."),
+        ("E_CLUSTER", "Workers cannot do the work", "No Ray cluster answers, it has no room, its machines have other versions, or a worker died again and again.",
+         "The message says which; without `--engine` the same work is done here, and what a profile has measured is kept."),
     ],
     2: [
         ("E_USAGE", "The call is off", "Two options exclude each other, one is missing, or a value is not of its form.",
@@ -191,7 +193,12 @@ def explain(code: str) -> ErrorCode:
     name = code.strip().upper()
     name = name if name.startswith("E_") else f"E_{name}"
     if name not in CATALOGUE:
-        raise UsageError(f"There is no error code {code!r}.", "", f"Choose {choices(CATALOGUE)}.", code="E_UNKNOWN")
+        raise UsageError(
+            f"There is no error code {code!r}.",
+            "",
+            f"Choose {choices(CATALOGUE, name)}. recycle errors lists them all.",
+            code="E_UNKNOWN",
+        )
     return CATALOGUE[name]
 
 

@@ -8,6 +8,9 @@ code keeps working.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+_CHOICES = 30  # names in a message
 
 
 class RecycleError(Exception):
@@ -74,7 +77,15 @@ def shorten(items: Iterable[str], limit: int = 20) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def choices(names: Iterable[str]) -> str:
-    """``one of: a, b, c``, or ``none yet`` where there are none."""
+def counted(count: int, what: str) -> str:
+    """``1 adapter``, ``2 adapters``."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def choices(names: Iterable[str], near: str = "") -> str:
+    """``one of: a, b, c``, or ``none yet`` where there are none; of many, those that look like `near` first."""
     names = sorted(names)
-    return "one of: " + ", ".join(names) if names else "none yet"
+    if len(names) > _CHOICES:
+        alike = get_close_matches(near, names, cutoff=0.5) if near else []
+        names = alike + [name for name in names if name not in alike]
+    return f"one of: {shorten(names, _CHOICES)}" if names else "none yet"

@@ -331,7 +331,7 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
         )
     if zero:
         raise InputError(
-            f"{printable(where)}: {len(zero)} tensors are zero throughout: {shorten(zero)}.",
+            f"{printable(where)}: {len(zero)} tensors are zero throughout: {shorten(zero, 3)}.",
             "With A or B zero the update is zero: it is untrained, or DeepSpeed ZeRO-3 saved it ungathered.",
             "Save it again after training, gathered.",
             code="E_EMPTY",

@@ -1,4 +1,7 @@
-"""``zoo.json``: one entry per adapter, and the names that an adapter may have."""
+"""``zoo.json``: one entry per adapter, and the names that an adapter may have.
+
+A small zoo's says everything (``schema_version`` 1). A large one's (2) names a journal beside it, in which later changes stand.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,24 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from recycler.zoo import journal
 from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.inspect import CONFIG, WEIGHTS, printable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, WITH_JOURNAL = 1, 2
 HOW_CONVERTED = ("files", "layout", "expert", "rank", "energy")
 """Of `Entry.converted`, what says how to do it again: the originals, how they were read, and how much was kept."""
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _MAX_NAME = 96
 _BASE = "base"  # the row of every table that uses no adapter
+_HEAD = re.compile(rb'\{\s*"schema_version": 2,\s*"journal": "([^"]+)"')  # as `write_manifest` writes it
+_WHOLE = b'{\n  "adapters"'
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 
 
@@ -67,9 +75,15 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under stable keys; the name is the key it is stored under."""
-        plain = asdict(self)
-        del plain["name"]
-        return {**plain, "ranks": list(self.ranks), "kinds": list(self.kinds)}
+        plain = {key: value for key, value in vars(self).items() if key != "name"}
+        files = {name: dict(fact) for name, fact in self.files.items()}
+        return {
+            **plain,
+            "files": files,
+            "converted": deepcopy(self.converted),
+            "ranks": list(self.ranks),
+            "kinds": list(self.kinds),
+        }
 
 
 def slug(text: str) -> str:
@@ -111,27 +125,109 @@ def check_name(name: str, given: str | None = None) -> str:
     return name
 
 
-def read_manifest(path: Path) -> dict[str, Entry]:
+State = tuple[int, int, int]
+"""What a file is known by: inode, time, size."""
+
+
+def state_of(path: Path) -> State | None:
+    """None where there is no file."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-        version = data["schema_version"]
-        if version == SCHEMA_VERSION:
-            return {name: _entry(name, data["adapters"][name]) for name in sorted(data["adapters"])}
+        fact = path.stat()
+    except OSError:
+        return None
+    return fact.st_ino, fact.st_mtime_ns, fact.st_size
+
+
+def journal_of(path: Path) -> Path | None:
+    """The journal that a zoo.json names, by its first bytes where it lies as it was written; None where it names none."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(200)
+        found = _HEAD.match(start)
+        if found is None and start.startswith(_WHOLE):
+            return None
+        name = found[1].decode() if found else json.loads(path.read_text("utf-8"))["journal"]  # formatted by hand
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return path.with_name(name) if journal.is_journal(name) else None
+
+
+def read_manifest(path: Path) -> dict[str, Entry]:
+    """Name → Entry, sorted, as zoo.json and its journal say; empty where there is no zoo.json.
+
+    Raises:
+        InputError: one of them is broken, or was written by a newer version, or the journal is missing.
+    """
+    return read_whole(path)[0]
+
+
+def read_whole(path: Path) -> tuple[dict[str, Entry], Path | None, int]:
+    """As `read_manifest`, with the journal, and how far it was read."""
+    try:
+        while True:
+            before = state_of(path)
+            data = json.loads(path.read_text("utf-8"))
+            version = data["schema_version"]
+            if version not in (SCHEMA_VERSION, WITH_JOURNAL):
+                break
+            entries = {name: _entry(name, one) for name, one in data["adapters"].items()}
+            log, end = None, 0
+            if version == WITH_JOURNAL:
+                if not journal.is_journal(data["journal"]):
+                    raise ValueError(f"{data['journal']!r} is no journal's name")
+                log = path.with_name(data["journal"])
+                if not log.exists():
+                    if state_of(path) != before:  # written whole meanwhile, and the old journal is gone
+                        continue
+                    raise _journal_missing(path, log)
+                for change, place in journal.read(log):
+                    changed, removed = parse_change(change)
+                    end = place
+                    for name in removed:
+                        entries.pop(name, None)
+                    entries |= changed
+            return dict(sorted(entries.items())), log, end
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return {}, None, 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{printable(error)} is missing" if isinstance(error, KeyError) else printable(error)
-        raise InputError(
-            f"{path} cannot be read: {why}.",
-            "It is the list of what the zoo holds, and was cut or edited by hand.",
-            "Restore it, or move it away and fetch the adapters again.",
-            code="E_MANIFEST",
-        ) from error
+        raise broken(path, error) from error
     raise InputError(
-        f"{path} has schema_version {printable(version)}; this version reads {SCHEMA_VERSION}.",
+        f"{path} has schema_version {printable(version)}; this version reads {SCHEMA_VERSION} and {WITH_JOURNAL}.",
         "A newer recycle wrote it.",
         "Update with: pip install -U recycler",
         code="E_NEWER",
+    )
+
+
+def parse_change(change: Mapping[str, Any]) -> tuple[dict[str, Entry], list[str]]:
+    """A line of the journal as (what is set, what is removed), checked as zoo.json is."""
+    return {name: _entry(name, one) for name, one in change.get("set", {}).items()}, list(change.get("remove", ()))
+
+
+def parse_entry(name: str, text: str) -> Entry:
+    """An entry from its JSON."""
+    return _entry(name, json.loads(text))
+
+
+def broken(path: Path, error: Exception) -> InputError:
+    """For a zoo.json or a journal that cannot be read."""
+    if isinstance(error, InputError):
+        return error
+    why = f"{printable(error)} is missing" if isinstance(error, KeyError) else printable(error)
+    return InputError(
+        f"{path} cannot be read: {why}.",
+        "It is the list of what the zoo holds, and was cut or edited by hand.",
+        "Restore it, or move it away and fetch the adapters again.",
+        code="E_MANIFEST",
+    )
+
+
+def _journal_missing(path: Path, log: Path) -> InputError:
+    return InputError(
+        f"{path} names the journal {log.name}, which is not beside it.",
+        "In a large zoo the two together are the list of what it holds; one alone would lose adapters.",
+        "Put the journal back. To hand a large zoo on as one file: recycle zoo list --json > lock.json",
+        code="E_MANIFEST",
     )
 
 
@@ -139,29 +235,44 @@ def _entry(name: str, data: Mapping[str, Any]) -> Entry:
     if not is_slug(name):  # names become paths
         raise ValueError(f"{name!r} is no name")
     files = _files(data["files"])
-    if any(f in ("", "..") or Path(f).name != f or "\\" in f for f in files) or not {CONFIG, WEIGHTS} <= files.keys():
+    if not all(map(_is_file_name, files)) or not {CONFIG, WEIGHTS} <= files.keys():
         raise ValueError(f"the files of {name!r} are not those of an adapter")
-    optional = {f.name for f in fields(Entry) if f.default is not MISSING}  # entries of older versions lack them
-    known = {f.name for f in fields(Entry)} - {"name", "ranks", "kinds"}
-    plain = {key: data[key] for key in known if key in data or key not in optional} | {"files": files}
+    plain = {key: data[key] for key in _KNOWN if key in data or key not in _OPTIONAL} | {"files": files}
     if plain.get("converted") is not None:
         plain["converted"] = {**plain["converted"], "files": _files(plain["converted"]["files"])}
     return Entry(name=name, ranks=tuple(data["ranks"]), kinds=tuple(data["kinds"]), **plain)
+
+
+@lru_cache(maxsize=1000)
+def _is_file_name(name: str) -> bool:
+    """Whether it names a file in a folder, and nothing outside of it."""
+    return name not in ("", "..") and Path(name).name == name and "\\" not in name
+
+
+_OPTIONAL = {f.name for f in fields(Entry) if f.default is not MISSING}  # entries of older versions lack them
+_KNOWN = {f.name for f in fields(Entry)} - {"name", "ranks", "kinds"}
 
 
 def _files(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {str(f): {"sha256": str(v["sha256"]), "size": int(v["size"])} for f, v in data.items()}
 
 
-def write_manifest(path: Path, entries: Mapping[str, Entry]) -> None:
-    data = {
-        "schema_version": SCHEMA_VERSION,
-        "adapters": {name: entries[name].to_json() for name in sorted(entries)},
-    }
+def write_manifest(path: Path, entries: Mapping[str, Entry], log: Path | None = None) -> None:
+    """Write zoo.json whole, under the zoo's lock.
+
+    Args:
+        log: the journal that continues it; None for a small zoo.
+    """
+    data: dict[str, Any] = {"adapters": {name: entries[name].to_json() for name in sorted(entries)}}
+    if log is None:
+        data["schema_version"] = SCHEMA_VERSION
+    else:  # first, so that nobody has to read on to find it
+        plain = {name: dict(sorted(one.items())) for name, one in data["adapters"].items()}
+        data = {"schema_version": WITH_JOURNAL, "journal": log.name, "adapters": plain}
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            json.dump(data, stream, indent=2, sort_keys=True, ensure_ascii=False)
+            json.dump(data, stream, indent=2, sort_keys=log is None, ensure_ascii=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,6 +4,9 @@ Three things can be left by a process that died, and whoever takes the zoo's loc
 owner no longer holds the lock beside them; manifests that were never finished; and folders that were renamed into place before,
 or taken out of the manifest before, the other half of the work was done. These last are written down first, in a note that the
 owner removes in the end.
+
+They lie in ``adapters/``. In a large zoo they have a folder of their own, ``staging/``, so that sweeping does not look at every
+adapter's name.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recycler.zoo import journal
 from recycler.zoo.errors import InputError, RecycleError
 from recycler.zoo.inspect import printable
-from recycler.zoo.manifest import is_slug, read_manifest
+from recycler.zoo.manifest import is_slug, journal_of, read_manifest
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -65,8 +69,8 @@ def locked(zoo: Path) -> Iterator[None]:
 @contextmanager
 def private(zoo: Path) -> Iterator[Path]:
     """An empty folder inside the zoo, that is gone afterwards unless it was renamed."""
-    folder = trash(zoo)
     with locked(zoo):  # sweeping and creating exclude each other, so that no folder is swept while it begins
+        folder = trash(zoo)
         alive = _lock(_lock_of(folder))
         alive.acquire()
         folder.mkdir()
@@ -81,14 +85,14 @@ def private(zoo: Path) -> Iterator[Path]:
 
 def trash(zoo: Path) -> Path:
     """A name for a folder that is swept if nobody removes it."""
-    return zoo / "adapters" / f"{_PRIVATE}{uuid.uuid4().hex}"
+    return bench(zoo) / f"{_PRIVATE}{uuid.uuid4().hex}"
 
 
 @contextmanager
 def in_doubt(zoo: Path, names: Iterable[str]) -> Iterator[None]:
     """Within it, under the lock, the folders of these adapters may come to be without being listed, or the reverse. If the
     process dies there, those that the manifest does not list are removed by the next to take the lock."""
-    note = zoo / "adapters" / f"{_DOUBT}{uuid.uuid4().hex}"
+    note = bench(zoo) / f"{_DOUBT}{uuid.uuid4().hex}"
     note.write_text("\n".join(names), "utf-8")
     try:
         yield
@@ -132,20 +136,41 @@ def require_writable(folder: Path) -> None:
         raise type(error)(error.errno, error.strerror, str(folder)) from error
 
 
+def sweep_adapters(zoo: Path) -> None:
+    """Remove what killed processes left in ``adapters/``, under the lock; in a large zoo, what was left when it was small."""
+    _sweep_folder(zoo, zoo / "adapters")
+
+
 def _sweep(zoo: Path) -> None:
-    adapters = zoo / "adapters"
-    doubts = list(adapters.glob(f"{_DOUBT}*"))
+    _sweep_folder(zoo, bench(zoo))
+    for torn in zoo.glob("zoo.json.tmp-*"):
+        torn.unlink(missing_ok=True)
+    if logs := set(zoo.glob(journal.PATTERN)):
+        named = journal_of(zoo / "zoo.json")
+        for log in logs - {named}:
+            if journal.is_empty(log) or named in logs:  # not yet, or no longer; where zoo.json is damaged, nothing is lost
+                log.unlink(missing_ok=True)
+
+
+def _sweep_folder(zoo: Path, folder: Path) -> None:
+    with os.scandir(folder) as every:
+        left = [folder / one.name for one in every if one.name.startswith((_PRIVATE, _DOUBT))]
+    doubts = [path for path in left if path.name.startswith(_DOUBT)]
     if doubts:  # whoever wrote them held the lock, and so is dead
         listed = read_manifest(zoo / "zoo.json")
         for note in doubts:
             for name in note.read_text("utf-8").splitlines():
                 if is_slug(name) and name not in listed:
-                    shutil.rmtree(adapters / name, ignore_errors=True)
+                    shutil.rmtree(zoo / "adapters" / name, ignore_errors=True)
             note.unlink(missing_ok=True)
-    for torn in zoo.glob("zoo.json.tmp-*"):
-        torn.unlink(missing_ok=True)
-    for stale in {path.with_name(path.name.removesuffix(".lock")) for path in adapters.glob(f"{_PRIVATE}*")}:
+    for stale in {path.with_name(path.name.removesuffix(".lock")) for path in left if path.name.startswith(_PRIVATE)}:
         _sweep_private(stale)
+
+
+def bench(zoo: Path) -> Path:
+    """The folder that private folders and notes of doubt lie in."""
+    own = zoo / "staging"
+    return own if own.is_dir() else zoo / "adapters"
 
 
 def _sweep_private(stale: Path) -> None:

@@ -5,9 +5,14 @@ Files are staged in a private folder, vetted there, and renamed into place; the 
 under a lock, by renaming a finished file over the old one. Whatever fails, and wherever, the zoo is as
 before.
 
+Beyond `SMALL` adapters changes go to a journal beside zoo.json (`recycler.zoo.journal`), and entries are read through an index
+(`recycler.zoo.index`), so that neither adding nor looking gets slower as the zoo grows.
+
 ::
 
     zoo.json           name → source, 40-hex revision, base, sha256 of every file, licence, ranks
+    zoo-<id>.jsonl     in a large zoo, what changed since
+    cache/             derived: index.sqlite, sketches.bin
     adapters/<name>/   the PEFT files as downloaded
     profiles/<id>/     routers/<id>/
 """
@@ -16,46 +21,44 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
-from difflib import get_close_matches
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recycler.zoo import formats, inspect, match, staging
+from recycler.zoo import formats, inspect, journal, match, staging
 from recycler.zoo.adapter import Adapter
+from recycler.zoo.entries import Entries
 from recycler.zoo.errors import SecurityError, UsageError, shorten
+from recycler.zoo.index import PEERS, Found, Index
 from recycler.zoo.inspect import Receipt, printable
-from recycler.zoo.manifest import HOW_CONVERTED, Entry, check_name, read_manifest, slug, write_manifest
+from recycler.zoo.manifest import (
+    HOW_CONVERTED,
+    Entry,
+    State,
+    check_name,
+    journal_of,
+    read_manifest,
+    slug,
+    state_of,
+    write_manifest,
+)
 from recycler.zoo.staging import require_writable as require_writable
+from recycler.zoo.unknown import UnknownAdapterError as UnknownAdapterError
+from recycler.zoo.unknown import require, unknown
+from recycler.zoo.verifying import Problem, compare
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in a zoo that differs from its manifest. ``str()`` says it in a line."""
-
-    name: str
-    file: str
-    what: str
-
-    @property
-    def changed(self) -> bool:
-        """Whether contents differ from those that were vetted; else a file is missing, or does not belong there."""
-        return self.what.startswith("changed")
-
-    def __str__(self) -> str:
-        return f"{printable(self.name)}: {printable(self.file)}: {self.what}"
-
-
-class UnknownAdapterError(UsageError, KeyError):
-    """A name that is not in the zoo; a KeyError too, so that a zoo behaves as a mapping."""
-
-    def __str__(self) -> str:  # KeyError would print the repr
-        return str(self.args[0])
+SMALL = 1000
+"""Up to so many adapters zoo.json is written whole at every change."""
+_SMALL_BYTES = 4_000_000  # up to which a zoo.json without a journal is parsed rather than indexed
+_GARBAGE = 8  # a journal this many times as long as zoo.json is folded into it, where most of it no longer counts
 
 
 class Zoo(Mapping[str, Adapter]):
@@ -69,7 +72,7 @@ class Zoo(Mapping[str, Adapter]):
     def __init__(self, path: Path | str | None = None) -> None:
         chosen = path or os.environ.get("RECYCLE_ZOO") or "~/.cache/recycle/zoo"
         self.path = Path(chosen).expanduser()
-        self._seen: tuple[tuple[int, int, int], Mapping[str, Entry]] | None = None
+        self._seen: tuple[State, Mapping[str, Entry]] | None = None
 
     def __repr__(self) -> str:
         return f"Zoo({str(self.path)!r})"
@@ -88,26 +91,60 @@ class Zoo(Mapping[str, Adapter]):
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Name → Entry, sorted by name, as the manifest says now.
+        """Name → Entry, sorted by name, as the manifest says now. A large zoo's are read one at a time, as they are asked for:
+        len, ``in``, `page` and a single entry then cost the same as in a small one.
 
         Raises:
             InputError: zoo.json is broken, or was written by a newer version.
         """
-        try:
-            fact = self.manifest.stat()
-            state = (fact.st_ino, fact.st_mtime_ns, fact.st_size)
-        except OSError:
+        state = state_of(self.manifest)
+        if state is None:
             return {}
         if self._seen is None or self._seen[0] != state:  # else a loop over all names would parse it every time
-            self._seen = state, MappingProxyType(read_manifest(self.manifest))
+            large = state[2] > _SMALL_BYTES or journal_of(self.manifest) is not None
+            entries = Entries(self.index) if large else MappingProxyType(read_manifest(self.manifest))
+            self._seen = state, entries
         return self._seen[1]
+
+    @cached_property
+    def index(self) -> Index:
+        """For pages and searches; made, and brought up to date, when it is asked."""
+        return Index(self.path)
 
     def entry(self, name: str) -> Entry:
         """Raises UnknownAdapterError, naming close matches first."""
         entries = self.entries
-        if name not in entries:
-            raise _unknown([name], entries)
-        return entries[name]
+        found = entries.get(name)
+        if found is None:
+            raise unknown([name], entries)
+        return found
+
+    def page(self, limit: int | None = None, offset: int = 0) -> list[Entry]:
+        """At most `limit` entries in the order of names, after the first `offset`."""
+        entries = self.entries
+        if isinstance(entries, Entries):
+            return entries.index.page(-1 if limit is None else limit, offset)
+        return list(islice(entries.values(), offset, None if limit is None else offset + limit))
+
+    def search(self, text: str, limit: int | None = 20, offset: int = 0) -> list[Found]:
+        """Adapters whose name, source, base, licence or card hold every word of `text`, or a word that begins with it, the best
+        first."""
+        return self.index.search(text, limit, offset) if self.manifest.exists() else []
+
+    def matching(self, text: str) -> list[str]:
+        """The names of all that `search` finds, sorted."""
+        return self.index.matching(text) if self.manifest.exists() else []
+
+    def peers(self, base: str | None, base_path: str | None = None) -> list[Entry]:
+        """Adapters to judge a new one by: those for the same base, or on the same folder. All of a small zoo; of a large one some
+        hundreds, which say as well what is usual."""
+        entries = self.entries
+        if not isinstance(entries, Entries):
+            return list(entries.values())
+        index = entries.index
+        some = [e for other in index.bases() if match.same_base(other, base) for e in index.of_base(other)]
+        more = index.of_base_path(base_path) if base_path else []
+        return list({entry.name: entry for entry in [*some[:PEERS], *more]}.values())
 
     def folder(self, name: str) -> Path:
         """Where the adapter's files lie; PEFT loads from there."""
@@ -224,28 +261,30 @@ class Zoo(Mapping[str, Adapter]):
         )
         staging.sync(staged)
         home = self._home(name)
+        if journal_of(self.manifest):
+            self._sketch(adapter, entry)
         with staging.locked(self.path):
-            entries = dict(self.entries)
-            if name in entries:
-                return self._keep_again(staged, entries, entry, receipt)
+            entries = self.entries
+            if old := entries.get(name):
+                return self._keep_again(staged, old, entry, receipt)
             receipt = _note_twins(receipt, entry, entries)
             with staging.in_doubt(self.path, [name]):
                 shutil.rmtree(home, ignore_errors=True)  # not listed, so nobody's
                 staged.rename(home)
                 try:
-                    write_manifest(self.manifest, {**entries, name: entry})
+                    self._write({name: entry})
                 except BaseException:
                     shutil.rmtree(home, ignore_errors=True)
                     raise
         return entry, receipt
 
-    def _keep_again(self, staged: Path, entries: Mapping[str, Entry], entry: Entry, receipt: Receipt) -> tuple[Entry, Receipt]:
+    def _keep_again(self, staged: Path, old: Entry, entry: Entry, receipt: Receipt) -> tuple[Entry, Receipt]:
         """`keep` for a name that is taken, under the lock."""
-        old, home = entries[entry.name], self._home(entry.name)
+        home = self._home(entry.name)
         if not _same_contents(old, entry):
             raise _taken(old, entry)
         kept, note = _with_base(old, entry)
-        if _verify(home, old):
+        if compare(home, old):
             kept, note = replace(kept, files=entry.files), f"{old.name} was damaged in the zoo, and is whole again"
             aside = staging.trash(self.path)
             if home.exists():
@@ -253,14 +292,14 @@ class Zoo(Mapping[str, Adapter]):
             staged.rename(home)
             shutil.rmtree(aside, ignore_errors=True)
         if kept != old:
-            write_manifest(self.manifest, {**entries, old.name: kept})
+            self._write({old.name: kept})
         return kept, replace(receipt, notes=(*receipt.notes, note))
 
     def held(self, name: str, source: str, revision: str | None) -> Entry | None:
         """The entry of that name if it came from there, at that commit, and is undamaged: then there is nothing to fetch."""
         entry = self.entries.get(name)
         same = entry is not None and revision is not None and (entry.source, entry.revision) == (source, revision)
-        return entry if entry is not None and same and not _verify(self._home(name), entry) else None
+        return entry if entry is not None and same and not compare(self._home(name), entry) else None
 
     def record_base(
         self,
@@ -277,13 +316,11 @@ class Zoo(Mapping[str, Adapter]):
             The entry, and a note for its receipt.
         """
         with staging.locked(self.path):
-            entries = dict(self.entries)
-            _require([name], entries)
-            old = entries[name]
+            old = self.entry(name)
             said = replace(old, base=base, base_path=base_path, base_revision=base_revision, forced_base=forced)
             entry, note = _with_base(old, said)
             if entry != old:
-                write_manifest(self.manifest, {**entries, name: entry})
+                self._write({name: entry})
         return entry, note
 
     def remove(self, names: str | Iterable[str]) -> None:
@@ -295,12 +332,11 @@ class Zoo(Mapping[str, Adapter]):
         wanted = [names] if isinstance(names, str) else list(names)
         if not wanted:
             return
-        _require(wanted, self.entries)  # before a lock is made in a folder that may not exist
+        require(wanted, self.entries)  # before a lock is made in a folder that may not exist
         with staging.locked(self.path):
-            entries = dict(self.entries)
-            _require(wanted, entries)
+            require(wanted, self.entries)
             with staging.in_doubt(self.path, wanted):
-                write_manifest(self.manifest, {n: e for n, e in entries.items() if n not in wanted})
+                self._write({}, wanted)
                 for name in wanted:
                     shutil.rmtree(self._home(name), ignore_errors=True)
 
@@ -311,14 +347,75 @@ class Zoo(Mapping[str, Adapter]):
             Every file that is missing, changed or not listed; empty where all is well.
         """
         entries = self.entries
-        wanted = list(entries) if names is None else list(names)
-        _require(wanted, entries)
-        problems = [p for name in wanted for p in _verify(self._home(name), entries[name])]
+        if names is not None:
+            names = list(names)
+            require(names, entries)
+        wanted = entries.values() if names is None else (entries[name] for name in names)
+        problems = [problem for entry in wanted for problem in compare(self._home(entry.name), entry)]
         if names is None and (self.path / "adapters").is_dir():
             strays = {p.name for p in (self.path / "adapters").iterdir() if not p.name.startswith(".")}
             lost = [printable(name) for name in sorted(strays - set(entries))]
             problems += [Problem(name, "adapters/" + name, "not in zoo.json") for name in lost]
         return problems
+
+    def weights(self) -> list[tuple[str, str]]:
+        """(name, sha256 of its weights) of all, sorted."""
+        entries = self.entries
+        if isinstance(entries, Entries):
+            return entries.index.hashes()
+        return [(name, entry.weights) for name, entry in entries.items()]
+
+    def sample(self, count: int, seed: int = 0) -> list[str]:
+        """Names drawn at random, the same for the same zoo and seed; all, where there are no more. Sorted."""
+        names = list(self)
+        return sorted(random.Random(seed).sample(names, min(count, len(names))))
+
+    def reindex(self) -> int:
+        """Write zoo.json whole again, its journal folded in; remove what killed processes left, and build the index anew.
+
+        Returns:
+            How many adapters there are.
+        """
+        if not self.manifest.exists():
+            return 0
+        with staging.locked(self.path):
+            staging.sweep_adapters(self.path)
+            self._fold(read_manifest(self.manifest))
+        self.index.rebuild()
+        return len(self)
+
+    def _write(self, changed: Mapping[str, Entry], removed: Collection[str] = ()) -> None:
+        """Make a change to the manifest, under the lock: in a small zoo zoo.json is written anew, in a large one its journal grows."""
+        entries = self.entries
+        log = journal_of(self.manifest)
+        if log is None and len(entries) + len(changed) <= SMALL:
+            gone = set(removed)
+            write_manifest(self.manifest, {**{n: e for n, e in entries.items() if n not in gone}, **changed})
+            return
+        if log is None or _mostly_garbage(self.manifest, log, entries):
+            log = self._fold(entries, stays_large=True)
+        assert log is not None
+        journal.append(log, {name: entry.to_json() for name, entry in changed.items()}, removed)
+
+    def _fold(self, entries: Mapping[str, Entry], *, stays_large: bool = False) -> Path | None:
+        """Write zoo.json whole, under the lock; returns the journal that continues it, where the zoo is large."""
+        large = stays_large or len(entries) > SMALL
+        log = journal.create(self.path) if large else None
+        if large:
+            (self.path / "staging").mkdir(exist_ok=True)
+        write_manifest(self.manifest, dict(entries), log)
+        for old in set(self.path.glob(journal.PATTERN)) - {log}:
+            old.unlink()
+        if not large:
+            with suppress(OSError):  # somebody's private folder is still in it
+                (self.path / "staging").rmdir()
+        return log
+
+    def _sketch(self, adapter: Adapter, entry: Entry) -> None:
+        """Note the sketch of an adapter while it is in memory; whoever misses one later makes it."""
+        from recycler.zoo.sketches import Sketches, sketch
+
+        Sketches(self.path).put({entry.weights: sketch(adapter)})
 
     def _home(self, name: str) -> Path:
         return self.path / "adapters" / name
@@ -354,7 +451,10 @@ def _same_contents(a: Entry, b: Entry) -> bool:
 
 def _note_twins(receipt: Receipt, entry: Entry, entries: Mapping[str, Entry]) -> Receipt:
     """A copy under another name counts twice in every average and vote."""
-    twins = [name for name, other in entries.items() if other.weights == entry.weights]
+    if isinstance(entries, Entries):
+        twins = entries.index.with_weights(entry.weights)
+    else:
+        twins = [name for name, other in entries.items() if other.weights == entry.weights]
     if not twins:
         return receipt
     return replace(receipt, warnings=(*receipt.warnings, f"it has the same weights as {shorten(twins)}"))
@@ -385,30 +485,10 @@ def _taken(old: Entry, new: Entry) -> UsageError:
     )
 
 
-def _require(names: Iterable[str], entries: Mapping[str, Entry]) -> None:
-    unknown = [name for name in names if name not in entries]
-    if unknown:
-        raise _unknown(unknown, entries)
-
-
-def _unknown(names: list[str], entries: Mapping[str, Entry]) -> UnknownAdapterError:
-    close = [c for name in names for c in get_close_matches(name, entries, n=3)]
-    known = list(dict.fromkeys([*close, *entries]))
-    return UnknownAdapterError(
-        f"Not in the zoo: {shorten(printable(name) for name in names)}.",
-        f"It holds: {shorten(known)}." if known else "It holds nothing yet.",
-        "Names are listed by: recycle zoo list",
-        code="E_UNKNOWN",
-    )
-
-
-def _verify(home: Path, entry: Entry) -> list[Problem]:
-    problems = []
-    present = {path.name for path in home.iterdir()} if home.is_dir() else set()
-    for name, fact in entry.files.items():
-        if name not in present:
-            problems.append(Problem(entry.name, printable(name), "missing"))
-        elif inspect.hashes(home / name)[0] != fact["sha256"]:
-            problems.append(Problem(entry.name, printable(name), "changed: its sha256 differs from zoo.json"))
-    problems += [Problem(entry.name, printable(n), "not in zoo.json") for n in sorted(present - set(entry.files))]
-    return problems
+def _mostly_garbage(manifest: Path, log: Path, entries: Mapping[str, Entry]) -> bool:
+    """Whether a journal grew by changes to the same adapters over and over; a zoo that only grows never has one."""
+    written, grown = manifest.stat().st_size, log.stat().st_size
+    if grown < _GARBAGE * max(written, _SMALL_BYTES):
+        return False
+    some = [len(str(entry.to_json())) for entry in entries.index.page(20)] if isinstance(entries, Entries) else []
+    return grown > 3 * len(entries) * (sum(some) / max(len(some), 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from recycler.options import (
     pairs_of,
     print_json,
     with_base,
+    with_engine,
     with_select,
 )
 from recycler.zoo.errors import UsageError
@@ -91,6 +94,7 @@ def routers_command(as_json: bool) -> None:
     "--router", "router_name", metavar="DIR", help="The router to add to or remove from: a folder, or a name in the zoo."
 )
 @click.option("--force", is_flag=True, help="Replace a router that is there.")
+@with_engine
 @with_base
 @on_device
 @in_zoo
@@ -98,8 +102,8 @@ def routers_command(as_json: bool) -> None:
 def build_command(
     method: str | None, profile_name: str | None, options: tuple[str, ...], out: str | None, adapters: str | None,
     assign: tuple[str, ...], subtract: str | None, subtract_rank: int | None, select: str | None, count: int | None,
-    add: str | None, remove: str | None, router_name: str | None, force: bool, base: str | None, device: str | None, dtype: str,
-    zoo_path: str | None, as_json: bool,
+    add: str | None, remove: str | None, router_name: str | None, force: bool, engine: str | None, base: str | None, device: str | None,
+    dtype: str, zoo_path: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a light router, or change one later; base and adapters stay frozen.
 
@@ -118,9 +122,9 @@ def build_command(
 
     zoo = open_zoo(zoo_path)
     if add or remove or router_name:
-        if options or adapters or subtract or select:
+        if options or adapters or subtract or select or engine:
             raise UsageError(
-                "-o, --adapters, --subtract and --select are for new routers.",
+                "-o, --adapters, --subtract, --select and --engine are for new routers.",
                 "A change leaves a router's options and other adapters as they are.",
                 "Leave them out, or build a new router.",
             )
@@ -130,16 +134,32 @@ def build_command(
     else:
         if method is None:
             raise UsageError("Which method?", "", "recycle build-router METHOD; `recycle routers` lists them.")
+        from recycler import sharding
         from recycler.choosing import auto_config
         from recycler.choosing import build_router as run
         from recycler.routers.discovery import find, make_config
+        from recycler.scoring import silent
         from recycler.subtraction import Subtract
 
         name = "-".join([method, *([Path(profile_name).name] if profile_name else [])])
         folder = Path(out) if out else zoo.routers_dir / name
         given = {key: values[-1] for key, values in pairs_of(options, "-o", "KEY=VALUE").items()}
         flags = sorted(
-            {"profile", "zoo", "base", "adapters", "out", "assign", "subtract", "select", "count", "force", "device", "dtype"}
+            {
+                "profile",
+                "zoo",
+                "base",
+                "adapters",
+                "out",
+                "assign",
+                "subtract",
+                "select",
+                "count",
+                "force",
+                "engine",
+                "device",
+                "dtype",
+            }
             & set(given)
         )
         if flags:
@@ -149,12 +169,16 @@ def build_command(
         general = Subtract(tuple(names_of(subtract) or ()), subtract_rank) if subtract is not None else None
         # before `run` takes a key such as `progress` for a keyword of its own
         auto_config(given) if method == "auto" else make_config(find(method), given)
-        with bars() as progress:
+        talks = sharding.leads()  # of several processes that share a base, one
+        # what an engine prints is chatter
+        with bars() if talks else nullcontext(silent) as progress, redirect_stdout(sys.stderr):
             router = run(
                 method, profile_name, zoo=zoo, base=base, adapters=names_of(adapters), out=folder, assign=pairs_of(assign),
-                subtract=general, select=select, count=count, force=force, progress=progress,
+                subtract=general, select=select, count=count, force=force, engine=engine, progress=progress,
                 loading={"device": device, "dtype": dtype}, **given,
             )  # fmt: skip
+        if not talks:
+            return
     if as_json:
         print_json({"schema_version": 1, "router": str(folder), "method": router.method(), "adapters": list(router.adapters),
                      "report": router.report})  # fmt: skip
@@ -188,7 +212,7 @@ def _changed(
         raise UsageError(f"{source} holds a router of {router.method()}, not of {method}.", "", "Leave the method out.")
     step = f"with-{add}" if add else f"without-{remove}"
     folder = Path(out) if out else zoo.routers_dir / f"{source.resolve().name}-{step}"
-    with bars() as progress:
+    with bars() as progress, redirect_stdout(sys.stderr):  # what an engine prints is chatter
         if add:
             router = add_adapter(
                 router, add, profile_name, zoo=zoo, base=base, out=folder, assign=pairs_of(assign), force=force,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recycler.options import as_text, on_device, with_base
-from recycler.zoo.errors import RecycleError, UsageError, choices
+from recycler.zoo.errors import RecycleError, UsageError, choices, counted
 from recycler.zoo.untrusted import OBEYED, printable
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ _PALETTE = (
     "bright_green",
 )
 _NAMED = 4  # adapters in a line of shares
-_COLUMNS = 8  # adapters in a table of layers
+_ROWS = 12  # adapters in a terminal's table of layers
+_COLUMNS = 8  # adapters in a table of layers that is piped
 
 
 @click.command(name="chat")
@@ -85,7 +86,7 @@ def chat_command(
     alive = sys.stdin.isatty()
     if alive:
         router = "no router" if model.router is None else model.router.method()
-        say(f"{len(model.names)} adapters on {printable(model.source.id)}, {router}. /help says what can be typed.")
+        say(f"{counted(len(model.names), 'adapter')} on {printable(model.source.id)}, {router}. /help says what can be typed.")
     screen = _Screen(model.names)
     for line in _typed(model.names) if alive else _piped():
         try:
@@ -208,6 +209,16 @@ class _Screen:
             )
         shares = chat.last.shares
         order = self.order(shares)
+        if self.out.is_terminal:  # where columns for names are dear
+            from recycler.commands.explain import blocks
+
+            layers, shown = chat.last.layers.values(), order[:_ROWS]
+            lines = [[self.names[e], f"{shares[e]:.0%}", blocks([row[e] for row in layers])] for e in shown]
+            lines.append(["base", f"{abs(1 - sum(shares)):.0%}", blocks([1 - sum(row) for row in layers])])
+            table(["adapter", "share", "by layer, first to last"], lines, right=1)
+            if len(order) > len(shown):
+                say(f"the {len(shown)} largest of {len(order)}")
+            return
         shown = order[:_COLUMNS]
         rows = [
             [layer, *(f"{row[e]:.2f}" for e in shown), f"{round(1 - sum(row), 2) + 0.0:.2f}"]  # no -0.00

@@ -30,6 +30,7 @@ def compose_command(
     """
     from recycler.composition import compose as run
     from recycler.terminal import say
+    from recycler.zoo.errors import counted
     from recycler.zoo.licences import roll_up
 
     model = run(
@@ -40,6 +41,8 @@ def compose_command(
         say(f"warning: {warning}")
     for name, cut in model.truncated.items():
         say(cut.line(name))
-    say(f"{len(model.names)} adapters on {len(model.sites)} sites, {model.extra_bytes / 1e6:.1f} MB beside the base")
+    say(
+        f"{counted(len(model.names), 'adapter')} on {counted(len(model.sites), 'site')}, {model.extra_bytes / 1e6:.1f} MB beside the base"
+    )
     say(f"licences: {roll_up({adapter.name: adapter.licence for adapter in model.adapters}).verdict}")
     click.echo(out)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +16,7 @@ from recycler.zoo.untrusted import OBEYED
 if TYPE_CHECKING:
     from recycler.doctor import Diagnosis
 
+_INDENT = 25  # of what stands beside the labels
 _MARKS = {"problem": ("problem", "red"), "suspicion": ("suspicion", "yellow"), "ok": ("ok", "green")}
 
 
@@ -58,10 +62,10 @@ def _show(found: Diagnosis) -> None:
         word, colour = _MARKS[finding.level]
         label = click.style(f"{word:<9}", fg=colour, bold=finding.level != "ok")
         code = f" [{finding.code}]" if finding.code else ""
-        click.echo(f"{label}  {finding.about:<12}  {OBEYED.sub('', finding.what)}{code}")
-        for part in (finding.why, finding.fix):
-            if part:
-                click.echo(" " * 25 + OBEYED.sub("", part))
+        first, *rest = [line for part in (finding.what + code, finding.why, finding.fix) if part for line in _wrapped(part)]
+        click.echo(f"{label}  {finding.about:<12}  {first}")
+        for line in rest:
+            click.echo(" " * _INDENT + line)
     problems, suspicions = len(found.problems), sum(f.level == "suspicion" for f in found.findings)
     from recycler.terminal import say
 
@@ -69,6 +73,15 @@ def _show(found: Diagnosis) -> None:
         f"{count} {word}{'s' * (count != 1)}" for count, word in ((problems, "problem"), (suspicions, "suspicion")) if count
     ]
     say(" and ".join(said) + ", the likeliest cause first" if said else "nothing is wrong that can be seen from here")
+
+
+def _wrapped(part: str) -> list[str]:
+    """Lines that fit beside the labels on a terminal; one line elsewhere."""
+    clean = OBEYED.sub("", part)
+    if not sys.stdout.isatty():
+        return [clean]
+    room = max(40, shutil.get_terminal_size().columns - _INDENT)
+    return textwrap.wrap(clean, room, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 @click.command(name="env")

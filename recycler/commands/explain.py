@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def explain_command(
         prompts = prompts * len(answers)
     if answers and len(answers) != len(prompts):
         raise UsageError(
-            f"There are {len(prompts)} prompts and {len(answers)} answers.", "", "Give each -p its --answer, in their order."
+            f"-p was given {len(prompts)} times, and --answer {len(answers)}.", "", "Give each -p its --answer, in their order."
         )
     for prompt in prompts:
         check_prompt(prompt)
@@ -120,7 +121,7 @@ def _adapters(one: Explanation) -> None:
     shown = one.fired[:_ROWS] if drawn else one.fired
     header = ["adapter", "prompt", "answer", "effect", *(["by layer, first to last"] if drawn else [])]
     rows = [
-        [name, f"{asked[name]:.1%}", f"{answered[name]:.1%}", signed(effect[name]), *([_blocks(one, name)] if drawn else [])]
+        [name, f"{asked[name]:.1%}", f"{answered[name]:.1%}", signed(effect[name]), *([_by_layer(one, name)] if drawn else [])]
         for name in shown
     ]
     routed, base = float(one.routed_A.sum()), float(one.base_A.sum())
@@ -131,9 +132,12 @@ def _adapters(one: Explanation) -> None:
     say(f"log p(answer) {routed:.2f}, by the bare base {base:.2f}")
 
 
-def _blocks(one: Explanation, name: str) -> str:
-    """An adapter's share by layer, a block each; neighbours share one where there are many layers."""
-    column = one.share_LE[:, one.adapters.index(name)].tolist()
+def _by_layer(one: Explanation, name: str) -> str:
+    return blocks(one.share_LE[:, one.adapters.index(name)].tolist())
+
+
+def blocks(column: Sequence[float]) -> str:
+    """Shares by layer, a block each; neighbours share one where there are many layers."""
     each = -(-len(column) // _COLUMNS)
     means = [sum(part) / len(part) for part in (column[at : at + each] for at in range(0, len(column), each))]
     return "".join(_BLOCKS[min(8, round(8 * abs(mean)))] for mean in means)

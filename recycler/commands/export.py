@@ -94,7 +94,7 @@ def proxy_command(
     """Route requests to a vLLM or LoRAX server, by the router, once a request.
 
     An OpenAI-compatible server in front of another one: model "routed" is given the adapter that the router would choose for the
-    prompt, every other model's name is passed on. Streams and errors come through as they are; the header x-recycle-adapter says
+    prompt; an adapter's name, or `base`, is passed on as it is. Streams and errors come through as they are; the header x-recycle-adapter says
     who answers. DIR is what `recycle export --to vllm` made.
 
     \b

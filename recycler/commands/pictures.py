@@ -140,11 +140,13 @@ def plot_similarity(names: tuple[str, ...], model_path: str | None, out: str, fo
 @click.argument("bench", metavar="BENCH")
 @_kept
 def plot_scores(bench: str, out: str, force: bool) -> None:
-    """Who scores what, with intervals. From a folder of `bench-routers --out`, or a file with what `eval --json` printed.
+    """Who scores what, with intervals. From a folder of `bench-routers --out`, a model's after `eval --record`, or a file with what
+    `eval --json` printed.
 
     \b
-    Example:
+    Examples:
       recycle plot scores bench/ --out scores.svg
+      recycle plot scores model/ --out scores.svg
     """
     from recycler.pictures import canvas, results, scores
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import click
 
-from recycler.options import as_json, in_zoo, names_of, on_device, open_zoo, pairs_of, print_json, with_base
+from recycler.options import as_json, in_zoo, names_of, on_device, open_zoo, pairs_of, print_json, with_base, with_engine
 from recycler.zoo.errors import UsageError
 
 
@@ -26,13 +28,14 @@ from recycler.zoo.errors import UsageError
 @click.option("--assign", multiple=True, metavar="ADAPTER=TASK", help="Say by hand which task is an adapter's own.")
 @click.option("--generate", is_flag=True, help="Also score exact match by generation.")
 @click.option("--force", is_flag=True, help="Measure again, and replace a finished profile.")
+@with_engine
 @with_base
 @on_device
 @in_zoo
 @as_json
 def profile_command(
     files: tuple[str, ...], kshot: int, seed: int, out: str, datasets: tuple[str, ...], adapters: str | None, assign: tuple[str, ...],
-    generate: bool, force: bool, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
+    generate: bool, force: bool, engine: str | None, base: str | None, device: str | None, dtype: str, zoo_path: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Score the base and every adapter on K shots of every task.
 
@@ -43,6 +46,7 @@ def profile_command(
     Examples:
       recycle profile tasks/*.jsonl --kshot 16 --out p16
       recycle profile tasks/*.jsonl --assign math-lora=gsm8k --generate
+      recycle profile tasks/*.jsonl --engine ray      # shared by workers
     """
     from recycler.build import profile as run
     from recycler.shots import Shots
@@ -59,7 +63,7 @@ def profile_command(
     for name in datasets:
         shots = Shots({**shots, **Shots.from_dataset(name)})
     stages: list[str] = []
-    with bars() as progress:
+    with bars() as progress, redirect_stdout(sys.stderr):  # what an engine prints is chatter
 
         def noted(steps: int, what: str) -> Callable[..., None]:
             stages.append(what)
@@ -67,7 +71,7 @@ def profile_command(
 
         result = run(
             open_zoo(zoo_path), shots, kshot, seed=seed, out=out, base=base, adapters=names_of(adapters), assign=pairs_of(assign),
-            generate=generate, force=force, progress=noted, device=device, dtype=dtype,
+            generate=generate, force=force, engine=engine, progress=noted, device=device, dtype=dtype,
         )  # fmt: skip
     if as_json:
         print_json(result.to_json())

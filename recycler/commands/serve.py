@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import click
 
 from recycler.options import on_device, with_base
-from recycler.zoo.errors import UsageError
+from recycler.zoo.errors import UsageError, counted
 
 
 @click.command(name="serve")
@@ -83,7 +83,9 @@ def serve_command(
     )  # fmt: skip
     service = Service(model, settings)
     how = f"static batches, because {service.why_static}" if service.why_static else "continuous batches"
-    say(f"serving {settings.name}, {len(service.names)} adapters and base, in {how}; context {service.context} tokens")
+    say(
+        f"serving {settings.name}, {counted(len(service.names), 'adapter')} and base, in {how}; context {service.context} tokens"
+    )
     bound.listen(2048)
     click.echo(f"{url(bound)}/v1")
     serve(service, bound)

@@ -40,9 +40,13 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def weight_OD(module: nn.Module) -> Tensor:
-    """The weight of a linear as an fp32 [O, D] matrix, dequantised where it is quantised, fetched where accelerate offloads it."""
+    """The weight of a linear as an fp32 [O, D] matrix, dequantised where it is quantised, fetched where accelerate offloads it,
+    put together where it lies in parts over several processes (all of them have to ask)."""
     with align_module_device(module):
         weight = held = module.weight
+        whole: Any = getattr(weight, "full_tensor", None)
+        if whole is not None:
+            weight = whole()
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             from peft.utils.integrations import dequantize_module_weight
 

@@ -14,7 +14,7 @@ from recycler.card import _plain as plain
 from recycler.card import source_of
 from recycler.exporting.mixtures import Mixture
 from recycler.zoo import licences
-from recycler.zoo.errors import shorten
+from recycler.zoo.errors import counted, shorten
 from recycler.zoo.inspect import printable
 from recycler.zoo.match import is_hub_id
 
@@ -61,7 +61,7 @@ def lines(folder: Path, facts: Mapping[str, Any], found: Mapping[str, str]) -> l
     if "options" in facts:
         mixed = [one for one in facts["options"] if len(one["weights"]) > 1 or one["name"].startswith("mix-")]
         said.append(
-            f"{len(facts['options']) - 1} adapters, of which {len(mixed)} the router's own mixtures; largest rank {facts['rank']}"
+            f"{counted(len(facts['options']) - 1, 'adapter')}, of which {len(mixed)} the router's own mixtures; largest rank {facts['rank']}"
         )
         said += [Mixture(one["weights"], one["name"]).line() for one in mixed]
         said.append(f"the prompts got: {shorten([f'{name} {count}' for name, count in facts['chosen'].items()], 8)}")
@@ -70,8 +70,8 @@ def lines(folder: Path, facts: Mapping[str, Any], found: Mapping[str, str]) -> l
         said.append(f"measured in {facts['dtype']}, whose rounding is part of these differences; --dtype float32 leaves it out")
     if "serve" in facts:
         said += [
-            "serve it:",
-            f"  {facts['serve']}",
+            "serve it, and route to it:",
+            f"  {shlex.join(['sh', str(folder / 'serve.sh')])}",
             f"  {shlex.join(['recycle', 'proxy', str(folder), '--upstream', facts['upstream']])}",
         ]
     return [printable(line, 100_000) for line in said]

@@ -64,7 +64,7 @@ def choose(model: RoutedModel, given: Mapping[str, float] | None, mean_of: Seque
             raise UsageError(
                 f"There is no adapter {', '.join(unknown)} in this model.",
                 "",
-                f"Choose {choices(model.names)}.",
+                f"Choose {choices(model.names, unknown[0])}.",
                 code="E_UNKNOWN",
             )
         if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in given.values()):

@@ -160,7 +160,9 @@ def open_proxy(
 
     chooser = Chooser(load(folder / "model", base=base, **loading), options)
     chooser.warm()
-    return create_app(chooser, address)
+    app = create_app(chooser, address)
+    app.state.upstream = address
+    return app
 
 
 def _options(folder: Path, kind: str, adapters_at: str | None) -> list[Option]:
@@ -202,6 +204,20 @@ def _require_extra() -> None:
         ) from error
 
 
+def _answers(url: str) -> bool:
+    """Whether anything listens there."""
+    import socket
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def serve(app: Starlette, host: str, port: int, say: Callable[[str], None]) -> None:
     """Runs the app until it is interrupted."""
     import socket
@@ -215,6 +231,8 @@ def serve(app: Starlette, host: str, port: int, say: Callable[[str], None]) -> N
         what = f"Nothing can listen at {host}:{port} ({error.strerror or error})."
         raise UsageError(what, "", "Give another --port; 0 takes any that is free.", code="E_OPTION") from error
     with held:
+        if not _answers(app.state.upstream):
+            say(f"warning: nothing listens at {app.state.upstream} yet; until it does, requests get 502")
         say(f"listening at http://{host if ':' not in host else f'[{host}]'}:{held.getsockname()[1]}/v1, model {ROUTED!r}")
         with suppress(KeyboardInterrupt):  # the way to end it
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[held])

@@ -166,7 +166,7 @@ def check_out(out: str | Path, force: bool = False) -> tuple[Path, Path]:
         if file.exists() and not force:
             raise UsageError(
                 f"{file} exists.",
-                "Nothing is overwritten unless asked.",
+                f"{'The numbers of the picture go there. ' if file == beside else ''}Nothing is overwritten unless asked.",
                 "Choose another --out, or add --force.",
                 code="E_EXISTS",
             )

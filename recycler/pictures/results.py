@@ -127,13 +127,15 @@ def _contender(name: str, groups: Mapping[str, Any], cost: Mapping[str, Any]) ->
 
 
 def read(source: str | Path) -> Results:
-    """Reads a folder of `recycle bench-routers --out`, its bench.json, or what `recycle eval --json` printed.
+    """Reads a folder of `recycle bench-routers --out`, its bench.json, or what `recycle eval` printed with --json or kept with --record.
 
     Raises:
         UsageError: there is no such file. InputError: it holds something else.
     """
     path = Path(source).expanduser()
-    file = path / "bench.json" if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in ("bench.json", "evaluation.json") if (path / name).exists()), path / "bench.json")
     if not path.exists():
         raise UsageError(f"There is no {path}.", "", _FIX, code="E_NO_FILE")
     if not file.exists():

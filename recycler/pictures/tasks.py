@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from recycler.pictures import canvas
 from recycler.pictures.canvas import INK, Cell
-from recycler.zoo.errors import UsageError
+from recycler.zoo.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,6 +117,6 @@ def table(data: TaskScores) -> list[list[Cell]]:
 def describe(data: TaskScores) -> str:
     owners = [f"{data.owner[task]} for {task}" for task in data.tasks if task in data.owner]
     alone = [task for task in data.tasks if task not in data.owner]
-    told = f"Heat map of {len(data.adapters)} adapters on {len(data.tasks)} tasks: {SCORES[data.score]}."
+    told = f"Heat map of {counted(len(data.adapters), 'adapter')} on {counted(len(data.tasks), 'task')}: {SCORES[data.score]}."
     told += f" Best by profile: {', '.join(owners[:12])}{' and more' * (len(owners) > 12)}." if owners else ""
     return told + (f" Nobody is better than the base on {', '.join(alone[:12])}." if alone else "")

@@ -63,7 +63,7 @@ class Door:
                 raise ApiError(503, "The server is shutting down.", code="draining", headers={"retry-after": "5"})
             if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
                 # What browsers send to strangers' servers without asking is of other types.
-                raise ApiError(415, "Send JSON, as application/json.", code="content_type")
+                raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", code="content_type")
 
     async def _check_length(self, scope: Any, receive: Any) -> None:
         length = dict(_headers(scope)).get("content-length", "0")

@@ -52,7 +52,8 @@ def of(error: Exception) -> ApiError:
     if isinstance(error, RecycleError):
         return ApiError(400, str(error), code=error.code)
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        what = "There is nothing here; the API is under /v1." if error.status_code == 404 else str(error.detail)
+        return ApiError(error.status_code, what, headers=error.headers)
     return ApiError(500, "The answer could not be computed; the server's log says more.")
 
 
@@ -67,7 +68,8 @@ def _invalid(error: ValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"There is no field {where!r} here.", param=field)
     more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
-    return ApiError(400, f"{where}: {first['msg']}{more}", param=field)
+    what = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{where or 'the body'}: {what}{more}", param=field)
 
 
 def install(app: FastAPI) -> None:

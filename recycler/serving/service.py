@@ -132,7 +132,9 @@ class Service:
             unknown = sorted(set(given) - set(self.names))
             if unknown:
                 raise ApiError(
-                    400, f"There is no adapter {unknown[0][:60]!r} here; {choices(self.names)}.", param="recycle.mixture"
+                    400,
+                    f"There is no adapter {unknown[0][:60]!r} here; {choices(self.names, unknown[0][:60])}.",
+                    param="recycle.mixture",
                 )
             if name != self.settings.name:
                 raise ApiError(400, f"A mixture goes with the model {self.settings.name}.", param="recycle.mixture")
