@@ -18,7 +18,9 @@ A task is claimed by the tail that speaks for it most:
 
 On SmolLM2's twelve tasks, with 12 shots each, the share of prompts whose task is named right: plain 1.00, after two turns of other
 tasks 1.00, in words that nobody had in mind when this was made .925, such words after two turns so worded .84. The text alone names
-.917 of the reworded, and .65 of those after other turns. A state that is always heard names .84 of the reworded.
+.917 of the reworded, and .65 of those after other turns. A state that is always heard names .84 of the reworded. Of a second set of
+such words, curter and more figurative ("Make college many"), .856 is named right, the text alone .847; what goes wrong there are the
+tasks on single words (plural, category), and the encoder and the base alike do not know what is meant.
 
 Dimensions in names: B batch, T token, C task, N example, P tail, D width of the encoder, H width of the base.
 """

@@ -207,6 +207,9 @@ class _Fit:
     def factors(self, site: str) -> dict[str, Factors]:
         return self._factors
 
+    def map(self, work: Any, items: Any, what: str) -> list[Any]:
+        return [work(self, item) for item in items]
+
     def progress(self, steps: int, what: str) -> Any:
         return lambda count=1, note="": None
 

@@ -184,7 +184,7 @@ def test_friends_keep_what_they_can_do_alone(fitting: Fitting, monkeypatch: pyte
         return 1.0 if len(active) == 1 or active == {"code", "math"} else 0.5
 
     monkeypatch.setattr("recycler.routers.classifier._answered", answered)
-    found = friends(fitting, profile(), tasks, rows, torch.rand(4, 4))
+    found = friends(fitting, profile(), tasks, rows, torch.rand(4, 4).fill_diagonal_(-1.0))
     assert found.nonzero().tolist() == [[0, 2], [2, 0]]
 
 
