@@ -82,6 +82,7 @@ def include(file: str, heading: str | None = None) -> str:
         text = re.split(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], flags=re.M)[0]
     for old, new in LINKS.items():
         text = text.replace(f"]({old})", f"]({new})" if new else "](index.md)")
+    text = text.replace("](docs/", "](")
     return text.replace("](cost.png)", "](assets/cost.png)").strip()
 
 
