@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_CODE = {"trust_remote_code": False}  # left open, transformers asks whoever sits at the terminal, and runs it after a yes
 _HAD = "Check the id and the connection (gated models need HF_TOKEN), or give --base a folder that holds a copy."
@@ -83,13 +83,13 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    if dtype != "auto" and dtype not in _DTYPES:
+    if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(
             f"There is no dtype {dtype!r} to load a base in.", "", "Use auto, float32, bfloat16 or float16.", code="E_DEVICE"
         )
     if device is not None:
         _require_device(device)
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         files = _files(name, revision)
         if files is not None:
             _refuse_pickles(name, files)
@@ -107,7 +107,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """A base's tokenizer alone. Raises as `load_base`."""
     from transformers import AutoTokenizer
 
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         local = _files(name, revision) is None
         return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local, **_NO_CODE)
 
@@ -160,7 +160,7 @@ def skeleton(name: str, *, revision: str | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         config = _config(name, {"revision": revision, "local_files_only": _files(name, revision) is None})
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
@@ -267,7 +267,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Chatter of transformers and of the Hub's client belongs to nobody here; errors still come through as exceptions."""
     from huggingface_hub.utils import logging as client
     from transformers.utils import logging as chatter

@@ -66,12 +66,12 @@ def card(
     router = model.router
     assert router is not None
     named, adapters = manifest["base"]["id"], manifest["adapters"]
-    base = _plain(named) if is_hub_id(named) else "a base that is not on the Hub"
+    base = plain(named) if is_hub_id(named) else "a base that is not on the Hub"
     roll = licences.roll_up({a["name"]: a["licence"] for a in adapters})
     own = (router.facts.get("profile") or {}).get("own", {})
     rows = [
-        f"| {a['name']} | {_plain(source_of(a))} | {(a['revision'] or '')[:12]} | {_plain(a['licence'] or 'not stated')} "
-        f"| {_plain(', '.join(own.get(a['name'], ()))) or '–'} | `{a['sha256'][:12]}` |"
+        f"| {a['name']} | {plain(source_of(a))} | {(a['revision'] or '')[:12]} | {plain(a['licence'] or 'not stated')} "
+        f"| {plain(', '.join(own.get(a['name'], ()))) or '–'} | `{a['sha256'][:12]}` |"
         for a in adapters
     ]
     options = ", ".join(f"{key}={value}" for key, value in vars(router.config).items())
@@ -95,7 +95,7 @@ def card(
         *_cut(model),
         "## Licences",
         "",
-        *_licences(roll),
+        *licence_lines(roll),
         *_lock(manifest),
     ]
     return "\n".join(lines)
@@ -242,7 +242,7 @@ def _scores(evaluation: Mapping[str, Any] | None, repo: str | None) -> list[str]
         return f"**{value:.2f}**" if value == most > 0 else f"{value:.2f}"
 
     table = [
-        f"| {_plain(task)} | {count} | " + " | ".join(cell(one["exact"][task], best[task]) for one in several) + " |"
+        f"| {plain(task)} | {count} | " + " | ".join(cell(one["exact"][task], best[task]) for one in several) + " |"
         for task, count in rows.items()
     ]
     intervals = [f"{one['interval'][0]:.2f}–{one['interval'][1]:.2f}" for one in several]
@@ -251,9 +251,9 @@ def _scores(evaluation: Mapping[str, Any] | None, repo: str | None) -> list[str]
     return [
         "## Scores",
         "",
-        f"**{_plain(evaluation['verdict'])}**",
+        f"**{plain(evaluation['verdict'])}**",
         "",
-        "| exact match | rows | " + " | ".join(_plain(name) for name in contenders) + " |",
+        "| exact match | rows | " + " | ".join(plain(name) for name in contenders) + " |",
         "|---|" + "---:|" * (len(several) + 1),
         *table,
         "| **mean** | | " + " | ".join(f"{one['mean_exact']:.3f}" for one in several) + " |",
@@ -261,10 +261,10 @@ def _scores(evaluation: Mapping[str, Any] | None, repo: str | None) -> list[str]
         "| mean NLL | | " + " | ".join(f"{one['mean_nll']:.2f}" for one in several) + " |",
         "",
         "`oracle` knows each row's task and uses the adapter that is best for it; `uniform` is the average of all adapters"
-        + (f"; `best single` is {_plain(single)}." if single else "."),
+        + (f"; `best single` is {plain(single)}." if single else "."),
         "",
         *(
-            [f"Beyond these adapters, where nothing scores clearly above the base: {_plain(', '.join(beyond))}.", ""]
+            [f"Beyond these adapters, where nothing scores clearly above the base: {plain(', '.join(beyond))}.", ""]
             if beyond
             else []
         ),
@@ -310,24 +310,24 @@ def _lock(manifest: Mapping[str, Any]) -> list[str]:
     named = base["id"] if is_hub_id(base["id"]) else LOCAL
     rows = [("base", named, base.get("revision"), f"fingerprint:{base.get('fingerprint')}")]
     rows += [(a["name"], source_of(a), a["revision"], f"sha256:{a['sha256']}") for a in manifest["adapters"]]
-    lines = [f"{name}  {_plain(source)}{f'@{revision}' if revision else ''}  {sums}" for name, source, revision, sums in rows]
+    lines = [f"{name}  {plain(source)}{f'@{revision}' if revision else ''}  {sums}" for name, source, revision, sums in rows]
     return ["<details><summary>Lock: commits and hashes in full</summary>", "", "```", *lines, "```", "", "</details>", ""]
 
 
-def _licences(roll: licences.RollUp) -> list[str]:
+def licence_lines(roll: licences.RollUp) -> list[str]:
     """Which licences the adapters state, and what they ask together."""
     rows = [
-        f"| {_plain(one)} | {_plain('; '.join(licences.SENTENCES[term] for term in licences.terms(one))) or '–'} | {', '.join(names)} |"
+        f"| {plain(one)} | {plain('; '.join(licences.SENTENCES[term] for term in licences.terms(one))) or '–'} | {', '.join(names)} |"
         for one, names in roll.by_licence.items()
     ]
     table = ["| licence | asks | adapters |", "|---|---|---|", *rows, ""] if rows else []
     unstated = f"; not stated for {', '.join(roll.unstated)}" if roll.unstated else ""
     return [
         *table,
-        f"Licences: {_plain(', '.join(roll.by_licence)) or 'none stated'}{unstated}. Together: {_plain(roll.verdict)}. The model as a "
+        f"Licences: {plain(', '.join(roll.by_licence)) or 'none stated'}{unstated}. Together: {plain(roll.verdict)}. The model as a "
         f"whole is bound by all of them, and by the base's. {licences.DISCLAIMER}",
         "",
-        *(line for one in roll.conflicts for line in (f"Licences in conflict: {_plain(str(one))}.", "")),
+        *(line for one in roll.conflicts for line in (f"Licences in conflict: {plain(str(one))}.", "")),
     ]
 
 
@@ -335,10 +335,10 @@ def _cut(model: Composed) -> list[str]:
     """Which adapters were cut to a lower rank for this model, and what that lost."""
     if not model.truncated:
         return []
-    rows = [f"- {_plain(cut.line(name))}" for name, cut in model.truncated.items()]
+    rows = [f"- {plain(cut.line(name))}" for name, cut in model.truncated.items()]
     return ["Cut to a lower rank for this model (relative error of the update, ‖ΔW − ΔW′‖ / ‖ΔW‖):", "", *rows, ""]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text from somewhere else, safe in a table cell."""
     return _MARKUP.sub(" ", printable(text, 500)).strip()

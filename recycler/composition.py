@@ -242,7 +242,7 @@ def save(model: RoutedModel, folder: Path, *, force: bool = False) -> Path:
         }
         (temporary / CARD).write_text(card(model, manifest), encoding="utf8")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf8")
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     model.folders = {a.name: folder / "adapters" / a.name for a in model.adapters}
@@ -255,7 +255,7 @@ def _where(base: Base) -> dict[str, Any]:
     return {"path": str(folder.resolve()) if folder.is_dir() else base.id, "revision": base.revision}
 
 
-def _replace(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Puts `new` where `target` is; what was there goes away only once the new one is in place."""
     if not target.exists():
         new.rename(target)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recycler.base import _DTYPES, Base, fingerprint, load_base
+from recycler.base import DTYPES, Base, fingerprint, load_base
 from recycler.routed import RoutedModel
 from recycler.scoring import Fitting
 from recycler.workers import Item, Result
@@ -260,7 +260,7 @@ class Ray:
                 number=self._made,
                 base=str(Path(base.id).resolve()) if Path(base.id).is_dir() else base.id,
                 revision=base.revision,
-                dtype=dtype if dtype in _DTYPES else "auto",
+                dtype=dtype if dtype in DTYPES else "auto",
                 device=base.device.type,
                 fingerprint=fingerprint(model.base),
                 adapters=tuple((one.name, one.sha256, self._folder(one)) for one in model.adapters),

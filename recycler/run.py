@@ -60,7 +60,7 @@ def answer_file(
         raise UsageError(f"{target} is a folder.", "", "Give --output a file.")
     if not source.is_file():
         raise UsageError(f"There is no file {source}.", "", "Give a JSONL file with a prompt in every row.", code="E_NO_FILE")
-    rows, bad = read_shots(source, _prompt)
+    rows, bad = read_shots(source, prompt_of)
     if bad or not rows:
         raise InputError(
             f"{len(bad)} row{'s' * (len(bad) != 1)} cannot be used: {shorten(bad, 10)}." if bad else f"{source} is empty.",
@@ -111,7 +111,7 @@ def answered_prompts(
     """`answer_prompts` as rows: "prompt", "generated", and what `recruit` and `explain` add."""
     shots = []
     for prompt in prompts:
-        shot = _prompt({"prompt": prompt})
+        shot = prompt_of({"prompt": prompt})
         if not isinstance(shot, Shot):
             raise UsageError(f"The prompt {prompt!r} cannot be used: {shot}.", "", "Give some text.")
         shots.append(shot)
@@ -197,7 +197,7 @@ def _only(model: RoutedModel, name: str | None) -> Iterator[None]:
             yield
 
 
-def _prompt(row: Any) -> Shot | str:
+def prompt_of(row: Any) -> Shot | str:
     """The prompt of a row, or what is wrong with it. A last turn of the assistant is the reference, not the prompt."""
     shot = _parse(row)
     return NO_TEXT if isinstance(shot, Shot) and not is_text(shot) else shot

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from recycler.shots import Shots
 
 
-class _Lists(click.Command):
+class Lists(click.Command):
     """Options that take several values at once, as a shell's ``*`` gives them: ``--tasks a.jsonl b.jsonl``."""
 
     lists = ("--tasks", "--held-out", "--also")
@@ -39,7 +39,7 @@ class _Lists(click.Command):
         return super().parse_args(ctx, plain)
 
 
-@click.command(name="bench-routers", cls=_Lists)
+@click.command(name="bench-routers", cls=Lists)
 @click.option("--profile", "profile_name", required=True, help="A profile's name in the zoo, or its folder.")
 @click.option(
     "--methods", metavar="A,B:KEY=VALUE,...", help="With options after colons; by default every method that is no baseline."

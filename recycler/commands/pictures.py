@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from recycler.commands.bench import _Lists, shots_in
+from recycler.commands.bench import Lists, shots_in
 from recycler.options import Group, in_zoo, on_device, open_zoo, with_base
 from recycler.zoo.errors import UsageError
 
@@ -170,7 +170,7 @@ def plot_cost(bench: str, out: str, force: bool) -> None:
     _keep(cost, results.read(bench), out, force)
 
 
-@click.command(name="report", cls=_Lists)
+@click.command(name="report", cls=Lists)
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--out", type=click.Path(), default="report.html", show_default=True, metavar="FILE", help="The page.")
 @click.option("--profile", help="A profile's name in the zoo, or its folder; by default the one behind the model's router.")

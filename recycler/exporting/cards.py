@@ -9,9 +9,7 @@ from typing import Any
 
 import yaml
 
-from recycler.card import _licences as licences_of
-from recycler.card import _plain as plain
-from recycler.card import source_of
+from recycler.card import licence_lines, plain, source_of
 from recycler.exporting.mixtures import Mixture
 from recycler.zoo import licences
 from recycler.zoo.errors import counted, shorten
@@ -126,7 +124,7 @@ def readme(facts: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        *licences_of(roll),
+        *licence_lines(roll),
         *_use(kind, base, facts),
         "",
     ]

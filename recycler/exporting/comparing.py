@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recycler import text
-from recycler.base import _quiet as quiet
+from recycler.base import quiet
 from recycler.shots import Shot
 from recycler.zoo.errors import InputError
 

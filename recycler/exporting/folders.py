@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recycler.composition import _replace as replace
+from recycler.composition import replace_folder
 from recycler.zoo.errors import InputError, UsageError, shorten
 from recycler.zoo.store import require_writable
 
@@ -62,7 +62,7 @@ def staged(folder: Path, force: bool) -> Iterator[Path]:
         yield temporary
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from recycler.exporting import cards, comparing, folders, merged, mixtures, peft, servers, xlora
 from recycler.exporting.comparing import Difference
 from recycler.exporting.mixtures import Mixture
-from recycler.run import _prompt as prompt_of
+from recycler.run import prompt_of
 from recycler.scoring import Progress, silent
 from recycler.shots import Shot, read_shots
 from recycler.zoo.errors import InputError, UsageError, shorten

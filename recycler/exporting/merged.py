@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from recycler.base import _quiet as quiet
+from recycler.base import quiet
 from recycler.engine.sites import linear_shape
 from recycler.exporting import comparing, mixtures
 from recycler.zoo.errors import UsageError, shorten
