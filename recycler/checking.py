@@ -14,14 +14,16 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from recycler.check_report import Checked, CheckReport, Mix, Section, Verdict
+from recycler.workers import Local, Workers, connect
 from recycler.zoo import match
 from recycler.zoo.aliases import same_model
 from recycler.zoo.errors import InputError, RecycleError, UsageError
 from recycler.zoo.inspect import WEIGHTS, is_folder, printable
 from recycler.zoo.manifest import Entry
 from recycler.zoo.places import places
-from recycler.zoo.similarity import Comparison, Similarity, near_duplicates, robust_z
+from recycler.zoo.similarity import Similarity, near_duplicates, robust_z
 from recycler.zoo.store import Zoo
+from recycler.zoo.survey import survey
 
 if TYPE_CHECKING:
     from recycler.zoo.adapter import Adapter
@@ -41,6 +43,7 @@ def check(
     base: str | Path | None = None,
     *,
     names: Iterable[str] | None = None,
+    engine: str | Workers | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Judge adapters as a set.
@@ -49,6 +52,8 @@ def check(
         zoo: whose; the default zoo where None.
         base: an id or a folder; where None, each base that is declared makes a section.
         names: which adapters; all where None.
+        engine: who reads and compares: "ray" or ``ray://HOST:PORT`` for workers (`recycler.workers`); this process where None. The
+            report is the same.
         progress: given the steps and a word, returns what is called at each step.
 
     Raises:
@@ -66,18 +71,11 @@ def check(
         else list(match.by_base({n: e.base for n, e in entries.items()}).items())
     )
     bases = [_base_shapes(where, [entries[n] for n in chosen], asked=base is not None) for where, chosen in sets]
-    step = (progress or (lambda steps, what: lambda count=1, note="": None))(len(entries), "reading")
-    comparison, sites, broken = Comparison(), dict[str, dict[str, tuple[int, int]]](), dict[str, str]()
-    for name in entries:
-        try:
-            adapter = zoo[name]
-        except RecycleError as error:
-            broken[name] = error.what
-        else:
-            sites[name] = {path: factors.shape for path, factors in adapter.sites.items()}
-            comparison.add(adapter)
-        step()
-    similarity = comparison.finish(zoo.__getitem__, progress)
+    with connect(engine, zoo) as workers:
+        alone = isinstance(workers, Local)  # then what was read is kept
+        similarity, each, refused = survey(zoo, list(entries), progress=progress, workers=None if alone else workers)
+    sites = {name: one.shapes for name, one in each.items()}
+    broken = {name: error.what for name, error in refused.items()}
     twins = _Twins(entries, similarity, zoo.__getitem__)
     sections = []
     for (where, chosen), (shapes, note) in zip(sets, bases, strict=True):

@@ -1,4 +1,5 @@
-"""Workers on a Ray cluster. Each is a process that loads the base once, and keeps it for all that comes.
+"""Workers on a Ray cluster. Each is a process (`recycler.ray_process`) that loads the base once, if at all, and keeps it for all that
+comes.
 
 What travels: items and results, which are small, and adapters that a worker cannot read in the zoo's folder, because that is not
 shared or because they were only just made. Of those each is put into Ray's object store once, which keeps one copy a machine.
@@ -11,125 +12,28 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recycler.base import DTYPES, Base, fingerprint, load_base
+from recycler.base import DTYPES, fingerprint
+from recycler.ray_process import Missing, Process, Recipe, Shelf, versions
 from recycler.routed import RoutedModel
-from recycler.scoring import Fitting
 from recycler.workers import Item, Result
-from recycler.zoo import formats
 from recycler.zoo.adapter import Adapter, Factors
-from recycler.zoo.errors import InputError, RecycleError, UsageError
-from recycler.zoo.match import place
+from recycler.zoo.errors import RecycleError, UsageError
+from recycler.zoo.store import Zoo
 
 if TYPE_CHECKING:
-    from recycler.zoo.store import Zoo
+    from recycler.scoring import Fitting
 
 _TRIES = 3  # how often an item is given to somebody again whose worker died of it
-_PACKAGES = ("recycler", "torch", "transformers")
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How a worker makes the model that its master holds.
-
-    Attributes:
-        number: of the model; a worker that holds it makes nothing.
-        base, revision, dtype, device: as `load_base` takes them. fingerprint: of what has to come out.
-        adapters: name, sha256 and folder of each; None where it lies in none.
-    """
-
-    number: int
-    base: str
-    revision: str | None
-    dtype: str
-    device: str
-    fingerprint: str
-    adapters: tuple[tuple[str, str, Path | None], ...]
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """What a worker answers that has no access to some adapters."""
-
-    names: tuple[str, ...]
-
-
-class _Worker:
-    """One process: a base, and the model that is worked on now. Runs where Ray says."""
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.base: Base | None = None
-        self.base_of: tuple[Any, ...] = ()
-        self.model: RoutedModel | None = None
-        self.number = -1
-        self.count: Counter[str] = Counter()
-
-    def census(self) -> dict[str, Any]:
-        """Who this is, and what it has loaded so far: bases, adapters read from folders, adapters received."""
-        loaded = {key: self.count[key] for key in ("bases", "read", "received")}
-        return {"pid": os.getpid(), "host": platform.node(), "versions": _versions(), **loaded}
-
-    def run(self, recipe: _Recipe, sent: Mapping[str, Any], work: Callable[[Any, Any], Any], item: Any) -> Any:
-        """What `work` returns, or `_Missing`."""
-        if self.number != recipe.number:
-            missing = self._hold(recipe, sent)
-            if missing:
-                return missing
-        return work(Fitting(self.model), item)  # type: ignore[arg-type]
-
-    def _hold(self, recipe: _Recipe, sent: Mapping[str, Any]) -> _Missing | None:
-        import ray
-
-        from recycler.engine.sites import linear_shapes
-
-        if self.model is not None:
-            self.model.engine.detach()
-            self.model, self.number = None, -1
-        wanted = (recipe.base, recipe.revision, recipe.dtype, recipe.device, recipe.fingerprint)
-        if self.base is None or self.base_of != wanted:
-            self.base = None  # two would not fit
-            self.count["bases"] += 1
-            base = load_base(recipe.base, revision=recipe.revision, dtype=recipe.dtype, device=recipe.device)
-            if fingerprint(base.model) != recipe.fingerprint:
-                raise InputError(
-                    f"{recipe.base} is another model on {platform.node()} than where the work was ordered.",
-                    "",
-                    "Put the same base everywhere, or use its id on the Hub.",
-                    code="E_BASE_MISMATCH",
-                )
-            self.base, self.base_of = base, wanted
-        shapes = linear_shapes(self.base.model)
-        adapters, missing = [], []
-        for name, sha256, folder in recipe.adapters:
-            adapter = None
-            if name in sent:
-                adapter = ray.get(sent[name])
-                self.count["received"] += 1
-            elif folder is not None:
-                with suppress(RecycleError, OSError):  # not here, or another one's
-                    adapter = formats.read(folder, name)[0]
-                    adapter = replace(adapter, sites=place(adapter, shapes)) if adapter.sha256 == sha256 else None
-                    self.count["read"] += adapter is not None
-            if adapter is None:
-                missing.append(name)
-            else:
-                adapters.append(adapter)
-        if missing:
-            return _Missing(tuple(missing))
-        self.model, self.number = RoutedModel(self.base, adapters), recipe.number
-        return None
 
 
 class Ray:
@@ -138,10 +42,10 @@ class Ray:
     Args:
         address: "ray" for the cluster that this process is connected to, else the one at $RAY_ADDRESS, else one of this machine that
             lasts as long as this object; or ``ray://HOST:PORT``.
-        zoo: where adapters are read.
+        zoo: where a model's adapters are read.
 
     Attributes:
-        sent: name → reference of every adapter that was put into the object store.
+        sent: name → reference of every adapter that was put into the object store, or why it cannot be read here either.
 
     Raises:
         UsageError: ray is not installed. RecycleError: no cluster answers.
@@ -158,8 +62,9 @@ class Ray:
         self._ours = not ray.is_initialized()
         self._here: list[Any] = []  # workers that can be given something
         self._coming: dict[Any, Any] = {}  # reference that is ready when a worker is there → the worker
-        self._model: RoutedModel | None = None
-        self._recipe: Any = None
+        self._held: Any = None  # what is worked on, how it is described, and where the description lies
+        self._shelf: Shelf | None = None
+        self._shelf_ref: Any = None
         self._made = 0
         if self._ours:
             _start(None if address == "ray" else address)
@@ -182,23 +87,22 @@ class Ray:
 
         for actor in (*self._here, *self._coming.values()):
             ray.kill(actor)
-        self._here, self._coming, self.sent, self._recipe, self._model = [], {}, {}, None, None
+        self._here, self._coming, self.sent, self._held, self._shelf, self._shelf_ref = [], {}, {}, None, None, None
         if self._ours:
             ray.shutdown()
 
-    def run(self, model: Fitting, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    @property
+    def most(self) -> int:
+        return max(_room(torch.get_num_threads()), 1)
+
+    def run(
+        self, held: Fitting | Mapping[str, Adapter], work: Callable[[Any, Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
         import ray
 
-        spread = getattr(model.model.base, "hf_device_map", None) or {}
-        if model.part[1] > 1 or len(set(spread.values())) > 1:
-            raise UsageError(
-                "The base is in parts, on several devices or in several processes.",
-                "Each worker holds a whole one.",
-                "Load it on one device, or leave --engine out.",
-                code="E_DEVICE",
-            )
-        recipe = self._recipe_of(model.model)
-        device = model.model.source.device.type
+        adapters = held if isinstance(held, Mapping) else {one.name: one for one in _whole(held).adapters}
+        device = "cpu" if isinstance(held, Mapping) else held.model.source.device.type
+        shelf = self._describe(held if isinstance(held, Mapping) else held.model)
         self._hire(len(items), device)
         todo = deque(range(len(items)))
         busy: dict[Any, tuple[Any, int]] = {}
@@ -206,7 +110,7 @@ class Ray:
         deaths: Counter[int] = Counter()
 
         def give(actor: Any, number: int) -> None:
-            busy[actor.run.remote(recipe, self.sent, work, items[number])] = actor, number
+            busy[actor.run.remote(shelf, self.sent, work, items[number])] = actor, number
             load[actor] += 1
 
         try:
@@ -240,8 +144,8 @@ class Ray:
                     if gone:
                         self._hire(len(items), device)
                     continue
-                if isinstance(result, _Missing):
-                    self._send(model.model, result.names)
+                if isinstance(result, Missing):
+                    self._send(adapters, result.names)
                     give(actor, number)
                 else:
                     yield number, result
@@ -250,24 +154,33 @@ class Ray:
                 with suppress(Exception):  # the cluster itself may be gone
                     ray.cancel(ref)
 
-    def _recipe_of(self, model: RoutedModel) -> Any:
+    def _describe(self, held: RoutedModel | Mapping[str, Adapter]) -> Any:
+        """Reference of what workers make it from."""
         import ray
 
-        if model is not self._model:
-            base = model.source
-            dtype = str(model.base.dtype).removeprefix("torch.")
-            recipe = _Recipe(
-                number=self._made,
-                base=str(Path(base.id).resolve()) if Path(base.id).is_dir() else base.id,
-                revision=base.revision,
-                dtype=dtype if dtype in DTYPES else "auto",
-                device=base.device.type,
-                fingerprint=fingerprint(model.base),
-                adapters=tuple((one.name, one.sha256, self._folder(one)) for one in model.adapters),
-            )
-            self._model, self._recipe, self.sent = model, ray.put(recipe), {}
-            self._made += 1
-        return self._recipe
+        zoo = isinstance(held, Zoo)  # which may be another one by now
+        if held is self._held and not zoo:
+            return self._shelf_ref
+        shelf = self._recipe(held) if isinstance(held, RoutedModel) else _shelf(held)
+        if zoo and shelf == self._shelf:  # what was sent is as it was; what could not be read may have been mended
+            self.sent = {name: sent for name, sent in self.sent.items() if not isinstance(sent, RecycleError)}
+        else:
+            self._held, self._shelf, self._shelf_ref, self.sent = held, shelf, ray.put(shelf), {}
+        return self._shelf_ref
+
+    def _recipe(self, model: RoutedModel) -> Recipe:
+        base = model.source
+        dtype = str(model.base.dtype).removeprefix("torch.")
+        self._made += 1
+        return Recipe(
+            number=self._made,
+            base=str(Path(base.id).resolve()) if Path(base.id).is_dir() else base.id,
+            revision=base.revision,
+            dtype=dtype if dtype in DTYPES else "auto",
+            device=base.device.type,
+            fingerprint=fingerprint(model.base),
+            adapters={one.name: (one.sha256, self._folder(one)) for one in model.adapters},
+        )
 
     def _folder(self, adapter: Adapter) -> Path | None:
         """Where the zoo holds this very adapter; None for one that was made out of others."""
@@ -275,21 +188,25 @@ class Ray:
         same = entry is not None and adapter.sha256 != "" and entry.weights == adapter.sha256
         return self.zoo.folder(adapter.name).resolve() if same else None
 
-    def _send(self, model: RoutedModel, names: Sequence[str]) -> None:
+    def _send(self, adapters: Mapping[str, Adapter], names: Sequence[str]) -> None:
         """Puts adapters into the object store that are not there yet."""
         import ray
 
-        for adapter in model.adapters:
-            if adapter.name in names and adapter.name not in self.sent:
-                self.sent[adapter.name] = ray.put(replace(adapter, sites={k: _own(f) for k, f in adapter.sites.items()}))
+        for name in names:
+            if name not in self.sent:
+                try:
+                    adapter = adapters[name]
+                except RecycleError as error:  # for whoever asks for it to meet
+                    self.sent[name] = error
+                else:
+                    self.sent[name] = ray.put(replace(adapter, sites={k: _own(f) for k, f in adapter.sites.items()}))
 
     def _hire(self, most: int, device: str) -> None:
         """Has workers come until there are so many, as far as the cluster has room."""
         import ray
 
         threads, gpus = torch.get_num_threads(), int(device == "cuda")
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(int(min(has.get("CPU", 0) // threads, has.get("GPU", 0) if gpus else has.get("CPU", 0))) for has in machines)
+        room = _room(threads, gpus)
         if not room:
             raise RecycleError(
                 f"No machine of the cluster has {threads} CPUs{' and a GPU' * gpus}.",
@@ -297,10 +214,42 @@ class Ray:
                 f"Set OMP_NUM_THREADS to less than {threads}." if threads > 1 else "Give it more, or leave --engine out.",
                 code="E_CLUSTER",
             )
-        worker: Any = ray.remote(_Worker)
+        worker: Any = ray.remote(Process)
         for _ in range(min(most, room) - len(self._here) - len(self._coming)):
             actor = worker.options(num_cpus=threads, num_gpus=gpus).remote(threads)
             self._coming[actor.census.remote()] = actor
+
+
+def _room(threads: int, gpus: int = 0) -> int:
+    """How many workers the cluster has room for."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(has.get("CPU", 0) // threads, has.get("GPU", 0) if gpus else has.get("CPU", 0))) for has in machines)
+
+
+def _shelf(adapters: Mapping[str, Adapter]) -> Shelf:
+    """Where a zoo's adapters are; others have no folder."""
+    if not isinstance(adapters, Zoo):
+        return Shelf({name: ("", None) for name in adapters})
+    return Shelf({name: (entry.weights, adapters.folder(name).resolve()) for name, entry in adapters.entries.items()})
+
+
+def _whole(held: Fitting) -> RoutedModel:
+    """Its model.
+
+    Raises:
+        UsageError: it is in parts.
+    """
+    spread = getattr(held.model.base, "hf_device_map", None) or {}
+    if held.part[1] > 1 or len(set(spread.values())) > 1:
+        raise UsageError(
+            "The base is in parts, on several devices or in several processes.",
+            "Each worker holds a whole one.",
+            "Load it on one device, or leave --engine out.",
+            code="E_DEVICE",
+        )
+    return held.model
 
 
 def _start(address: str | None) -> None:
@@ -356,12 +305,8 @@ def _outcome(ref: Any) -> Any:
         ) from error
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in _PACKAGES}
-
-
 def _same_versions(census: Mapping[str, Any]) -> None:
-    mine = _versions()
+    mine = versions()
     other = {name: found for name, found in census["versions"].items() if found != mine[name]}
     if other:
         raise RecycleError(

@@ -1,12 +1,13 @@
-"""Where work on a model is done: in this process, or by workers of which each holds the same model.
+"""Where work on a model, or on a zoo, is done: in this process, or by workers of which each holds the same.
 
-A piece of work is ``work(model, item)``: a function of some module, given a `Fitting`. Item and result are small and can be sent to
-another process. Items are fixed before the first is worked on, so that who works on them, and in which order, changes no result.
+A piece of work is ``work(held, item)``: a function of some module, given a `Fitting` or, where no base is needed, adapters by name.
+Item and result can be sent to another process, and of results no more than two a worker wait to be taken. Items are fixed before the
+first is worked on, so that who works on them, and in which order, changes no result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
     from recycler.scoring import Fitting
+    from recycler.zoo.adapter import Adapter
     from recycler.zoo.store import Zoo
 
 Item = TypeVar("Item")
@@ -28,18 +30,32 @@ class Workers(Protocol):
         """How many they are, for a progress bar; empty where that is nothing to speak of."""
         ...
 
-    def run(self, model: Fitting, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """(number of the item, its result), as each is finished. What `work` raises is raised here."""
+    @property
+    def most(self) -> int:
+        """How many there may be, to cut work by."""
+        ...
+
+    def run(
+        self, held: Fitting | Mapping[str, Adapter], work: Callable[[Any, Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """(number of the item, its result), as each is finished. What `work` raises is raised here.
+
+        Args:
+            held: what `work` is given: a model, or adapters by name, such as a `Zoo`; of these each is read when it is asked for.
+        """
         ...
 
 
 class Local:
     """The work is done here, one item after the other."""
 
-    about = ""
+    about, most = "", 1
 
-    def run(self, model: Fitting, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        alone = type(model)(model.model)  # as any worker's: silent, and without workers of its own
+    def run(
+        self, held: Fitting | Mapping[str, Adapter], work: Callable[[Any, Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        # as any worker's: silent, and without workers of its own
+        alone = held if isinstance(held, Mapping) else type(held)(held.model)
         for number, item in enumerate(items):
             yield number, work(alone, item)
 

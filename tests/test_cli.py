@@ -518,6 +518,7 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "search": (recycler.search, {"zoo_path": "zoo"}),
     "fetch": (recycler.fetch, {"zoo_path": "zoo"}),
     "extract": (recycler.extract, {"zoo_path": "zoo"}),
+    "zoo check": (recycler.check, {"zoo_path": "zoo"}),
     "profile": (recycler.profile, {"files": "shots", "datasets": "shots", "zoo_path": "zoo"}),
     "build-router": (recycler.build_router, {"profile_name": "profile", "options": "config", "zoo_path": "zoo"}),
     "compose": (recycler.compose, {"router_name": "router", "zoo_path": "zoo"}),
@@ -527,7 +528,7 @@ BEHIND: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 }
 # Not the library's business: what is printed, what `load` takes, which rows and files an evaluation reads and writes.
 ELSEWHERE = {"as_json": (), "lm_eval": ("eval",), "lm_eval_path": ("eval",), "prompts": ("run",), "rows": ("eval",), "answers": ("eval",), "record": ("eval",), "base": ("run", "eval"), "resident": ("run",),
-             "force": ("eval",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",),
+             "force": ("eval", "zoo check"), "csv_file": ("zoo check",), "strict": ("zoo check",), "zoo_path": ("eval",), "max_size": ("fetch",), "everything": ("search",),
              "subtract_rank": ("build-router",), "add": ("build-router",), "remove": ("build-router",), "router_name": ("build-router",)}  # fmt: skip
 # The command keeps its result in the zoo where Python hands it back.
 KEPT = {("profile", "out"): "profile"}
@@ -538,7 +539,7 @@ def test_the_same_defaults(name: str) -> None:
     function, renamed = BEHIND[name]
     known = inspect.signature(function).parameters
     loading = inspect.signature(load_base).parameters
-    command = main.commands[name]
+    command = dict(commands())[f"recycle {name}"]
     defaults = command.make_context(name, [], resilient_parsing=True).params
     compared = 0
     for parameter in command.params:
@@ -591,6 +592,7 @@ def both(way: Way) -> Iterator[tuple[list[Any], Callable[[], Any]]]:
     yield ["build-router", "arrow", "-o", "top_k=0"], lambda: recycler.build_router("arrow", zoo=zoo, top_k=0)
     yield ["build-router", "ridge", "--profile", "none"], lambda: recycler.build_router("ridge", "none", zoo=zoo)
     yield ["build-router", "arrow", "--adapters", "prose"], lambda: recycler.build_router("arrow", zoo=zoo, adapters=["prose"])
+    yield ["zoo", "check", "--engine", "spark"], lambda: recycler.check(zoo, engine="spark")
     yield ["profile", "none.jsonl"], lambda: recycler.Shots.from_files("none.jsonl")
     yield ["profile", task, "--kshot", 99], lambda: recycler.profile(zoo, shots, 99)
     yield (

@@ -3,6 +3,7 @@ once by each, and nothing else travels than what has to."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ from recycler.shots import Shot
 from recycler.updating import add_adapter
 from recycler.workers import connect
 from recycler.zoo.errors import InputError, RecycleError, UsageError
+from recycler.zoo.similarity import Similarity, compare
+from recycler.zoo.survey import survey
 
 ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
@@ -185,6 +188,49 @@ def test_a_worker_is_killed(llama: Pico, here: Profile, workers: Any, tmp_path: 
     assert len(census) == 2 and len(before & {one["pid"] for one in census}) == 1
 
 
+def bits(similarity: Similarity) -> tuple[tuple[str, ...], tuple[float, ...], bytes]:
+    return similarity.names, similarity.norms, similarity.cosine.numpy().tobytes()
+
+
+def test_the_same_check(llama: Pico, workers: Any, tmp_path: Path) -> None:
+    """The very same report, also of an adapter that cannot be read, and no base is loaded for it."""
+    zoo = recycler.Zoo(shutil.copytree(llama.zoo, tmp_path / "zoo"))
+    for name in ("math", "law"):
+        zoo.add(shutil.copytree(zoo.folder(name), tmp_path / name), f"{name}-again")
+    (zoo.folder("poem") / "adapter_model.safetensors").write_bytes(b"spoilt")
+    before = {one["pid"]: one["bases"] for one in workers.census()}
+    alone, steps = recycler.check(zoo, llama.base), Steps()
+    for _ in range(2):  # the second time workers are here already
+        shared = recycler.check(zoo, llama.base, engine=workers, progress=steps)
+        assert json.dumps(shared.to_json()) == json.dumps(alone.to_json())
+        assert bits(shared.similarity) == bits(alone.similarity)
+    (section,) = shared.sections
+    assert [(one.name, one.verdict) for one in section.unusable] == [("poem", "unreadable")] and len(section.adapters) == 6
+    assert steps.announced == steps.done and steps.done["reading"] == 6 and "2 workers" in steps.notes
+    assert all(one["bases"] == before.get(one["pid"], 0) for one in workers.census()) and workers.sent == {}
+    shutil.rmtree(zoo.folder("poem"))
+    shutil.copytree(recycler.Zoo(llama.zoo).folder("poem"), zoo.folder("poem"))
+    mended = recycler.check(zoo, llama.base, engine=workers)
+    assert not mended.sections[0].unusable and bits(mended.similarity) == bits(compare(zoo))
+
+
+def test_a_check_whose_worker_is_killed(llama: Pico, workers: Any) -> None:
+    """In the middle of the comparison, of which every site is an item; the adapters travel, once."""
+    zoo = recycler.Zoo(llama.zoo)
+    adapters = {name: zoo[name] for name in zoo}
+    sites = len({path for one in adapters.values() for path in one.sites})
+    before = {one["pid"] for one in workers.census()}
+    steps = Steps(kills(workers, len(adapters) + 1))
+    assert sites > len(adapters) + 1
+    shared = survey(adapters, list(adapters), memory=1.0, workers=workers, progress=steps)
+    assert bits(shared.similarity) == bits(compare(zoo))
+    assert steps.announced == steps.done == {"reading": len(adapters), "comparing": sites}
+    assert sorted(workers.sent) == sorted(adapters)
+    census = workers.census()
+    assert len(census) == 2 and len(before & {one["pid"] for one in census}) == 1
+    assert all(one["received"] for one in census if one["pid"] in before)
+
+
 def once(model: Fitting, item: tuple[Path, int]) -> int:
     """Dies of its first item, halfway."""
     flag, number = item
@@ -242,9 +288,12 @@ def test_work_that_kills_again_and_again(llama: Pico, workers: Any, monkeypatch:
 def test_workers_that_are_gone(llama: Pico, workers: Any, tmp_path: Path) -> None:
     """The command line has its own; and what it is given to do is done."""
     workers.close()
-    given = ["--zoo", str(llama.zoo), "--base", str(llama.base), "--adapters", "law", "--engine", "ray"]
-    done = CliRunner().invoke(main, ["build-router", "arrow", "--out", str(tmp_path / "a"), *given])
+    given = ["--zoo", str(llama.zoo), "--base", str(llama.base), "--engine", "ray"]
+    done = CliRunner().invoke(main, ["build-router", "arrow", "--out", str(tmp_path / "a"), "--adapters", "law", *given])
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "a"), done.output
+    done = CliRunner().invoke(main, ["zoo", "check", "--json", *given])
+    assert done.exit_code == 0 and "comparing" in done.stderr and "worker" in done.stderr, done.output
+    assert json.loads(done.stdout) == recycler.check(recycler.Zoo(llama.zoo), llama.base).to_json()
     assert ray.is_initialized()  # this cluster is not the command's to end
     alone = recycler.build_router("arrow", zoo=recycler.Zoo(llama.zoo), adapters=["law"])
     assert same(recycler.load_router(tmp_path / "a").tensors(), alone.tensors())
@@ -268,6 +317,7 @@ def test_a_cluster_without_room(llama: Pico, cluster: None) -> None:
     [
         (lambda zoo: recycler.profile(zoo, SHOTS, 1, engine="spark"), r"no engine 'spark'\. .*ray://HOST:PORT"),
         (lambda zoo: recycler.profile(zoo, SHOTS, 1, engine="ray://head"), r"no engine 'ray://head'"),
+        (lambda zoo: recycler.check(zoo, engine="dask"), r"no engine 'dask'\. .*ray://HOST:PORT"),
         (lambda zoo: recycler.build_router("uniform", zoo=zoo, engine="ray"), r"uniform has no work that workers could share"),
         (lambda zoo: recycler.build_router("auto", "p", zoo=zoo, engine="ray"), r"auto has no work that workers could share"),
     ],

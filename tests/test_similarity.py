@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recycler.workers import Local
 from recycler.zoo.adapter import Adapter, Factors
+from recycler.zoo.errors import InputError
 from recycler.zoo.places import places
 from recycler.zoo.similarity import (
     Comparison,
@@ -22,6 +24,7 @@ from recycler.zoo.similarity import (
     singular_values,
     site_norm,
 )
+from recycler.zoo.survey import survey
 
 SHAPES = {"layers.0.q": (12, 10), "layers.0.up": (20, 10), "layers.1.q": (12, 10), "layers.1.down": (10, 20)}
 
@@ -95,6 +98,62 @@ def test_any_ranks_and_any_memory(seed: int, ranks: list[int], memory: float) ->
     adapters = [made(f"a{i}", seed + i, rank, chosen[i]) for i, rank in enumerate(ranks)]
     found = compare(by_name(*adapters), memory=memory)
     torch.testing.assert_close(found.cosine, reference(adapters), atol=1e-6, rtol=0)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.lists(st.integers(1, 200), min_size=1, max_size=9),
+    memory=st.sampled_from([1.0, 5_000.0, 20_000.0, 1e5]),
+    silent=st.booleans(),
+)
+def test_the_same_bits_whoever_compares(seed: int, ranks: list[int], memory: float, silent: bool) -> None:
+    """Memory and workers decide which sites are looked at together, and in which order sums are made; nothing of it shows. With
+    ranks enough for several tiles, and adapters whose update is zero."""
+    g = torch.Generator().manual_seed(seed)
+    paths = tuple(SHAPES)
+    chosen = [tuple(path for path in paths if torch.rand(1, generator=g) < 0.7) or paths[:1] for _ in ranks]
+    adapters = by_name(*(made(f"a{i}", seed + i, rank, chosen[i]) for i, rank in enumerate(ranks)))
+    if silent:
+        adapters["b"] = changed(made("b", seed), "b", lambda path, f: replace(f, b_OR=f.b_OR * 0))
+    alone = compare(adapters)
+    shared = survey(adapters, list(adapters), memory=memory, workers=Local())
+    for found in (compare(adapters, memory=memory), shared.similarity):
+        assert torch.equal(found.cosine, alone.cosine) and found.norms == alone.norms and found.names == alone.names
+    assert {name: one.shapes for name, one in shared.found.items()} == {
+        name: {path: f.shape for path, f in one.sites.items()} for name, one in adapters.items()
+    }
+    torch.testing.assert_close(alone.cosine.triu(1), reference(list(adapters.values())).triu(1), atol=1e-6, rtol=0)
+
+
+def test_threads_change_no_bit() -> None:
+    adapters = by_name(*(made(f"a{i}", i, 40) for i in range(9)))
+    alone, threads = compare(adapters), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(compare(adapters, memory=30_000.0).cosine, alone.cosine)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_survey_of_what_cannot_be_read() -> None:
+    """Whoever looks: the others are compared, and why each cannot be read is told; of nothing comes nothing."""
+
+    class Some(dict[str, Adapter]):
+        def __getitem__(self, name: str) -> Adapter:
+            if name in ("b", "d"):
+                raise InputError(f"{name} is broken.", code="E_HEADER")
+            return super().__getitem__(name)
+
+    adapters = Some(by_name(*(made(name, i) for i, name in enumerate("abcde"))))
+    for workers in (None, Local()):
+        similarity, found, broken = survey(adapters, list(adapters), workers=workers)
+        assert similarity.names == tuple(found) == ("a", "c", "e")
+        assert {name: (error.what, error.code) for name, error in broken.items()} == {
+            name: (f"{name} is broken.", "E_HEADER") for name in "bd"
+        }
+        nothing = survey(adapters, ["b"], workers=workers)
+        assert nothing.similarity.names == () and nothing.similarity.cosine.shape == (0, 0) and list(nothing.broken) == ["b"]
 
 
 def test_little_memory_reads_again_and_much_does_not() -> None:

@@ -8,6 +8,9 @@ A site that an adapter does not touch is zero there. All ranks of a site are sta
 a site. The result depends on ΔW alone: (A, B) and (G⁻¹A, BG) are the same adapter, and so is a permutation of the rank's rows.
 A copy at another strength has cosine 1.
 
+Its bits depend on the adapters alone as well, not on memory, threads or who computes: products are made in tiles whose shapes the
+ranks decide, and what sites add to a cosine is added as whole numbers, in any order (`recycler.zoo.survey` shares sites among workers).
+
 Two things are no part of ΔW = BA: DoRA's magnitude and a bias. A cosine compares BA; adapters with either count as near-duplicates
 only where these agree as well (`same_extras`), and are alike in direction only otherwise.
 
@@ -17,7 +20,7 @@ Dimensions in names: R rank, D input width, O output width, S the ranks of all a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,9 +41,30 @@ NEAR = 0.999
 MEMORY = 1e9
 """Bytes that a comparison may use by default."""
 _EXTRAS = 1e-3  # relative difference up to which magnitudes or biases agree
+_TILE = 256  # ranks: a product of so many by so many stays in a processor's cache
+_ONE = 2.0**52  # parts of cosines are added in units of 1 / _ONE; they sum up to at most 1, and fp32 products know less
 _CANCELLATION = 100  # where Σ|terms| exceeds the sum by this, fp32 is not enough and the factors are made orthogonal first
 
 Site = tuple[str, int, int]  # module path, O, D: adapters of other bases may use the same path for another shape
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What reading one adapter alone says of it.
+
+    Attributes:
+        norm: ‖ΔW‖_F, over all sites.
+        shapes: module path → (O, D). ranks: R of each, in the same order.
+        extras: whether it has a DoRA magnitude or a bias.
+        cancelling: where the terms of its update cancel out so far that fp32 is not enough.
+    """
+
+    name: str
+    norm: float
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False)
+    ranks: tuple[int, ...] = field(repr=False)
+    extras: bool
+    cancelling: frozenset[str] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +225,20 @@ def spread(work: Callable[[T], R], items: Iterable[T], most: int | None = None) 
         yield from pool.map(work, items)
 
 
+def measure(adapter: Adapter) -> Measured:
+    """An adapter by itself."""
+    with one_thread():
+        found = {path: _norm_and_cancellation(factors) for path, factors in adapter.sites.items()}
+    return Measured(
+        name=adapter.name,
+        norm=math.hypot(*(size for size, _ in found.values())),
+        shapes={path: factors.shape for path, factors in adapter.sites.items()},
+        ranks=tuple(factors.rank for factors in adapter.sites.values()),
+        extras=any(_part(f, "magnitude_O") is not None or _part(f, "bias_O") is not None for f in adapter.sites.values()),
+        cancelling=frozenset(path for path, (_, cancellation) in found.items() if cancellation > _CANCELLATION),
+    )
+
+
 class Comparison:
     """Cosines of adapters that are shown one at a time: `add` each, then `finish`.
 
@@ -212,27 +250,16 @@ class Comparison:
     """
 
     def __init__(self, memory: float = MEMORY) -> None:
-        self._room = memory * 0.4  # the rest is for products
-        self._work = memory * 0.3
-        self._names: list[str] = []
-        self._norms: list[float] = []
-        self._extras: set[str] = set()
-        self._sites: set[Site] = set()
-        self._held = _Held(None, self._room)
+        self._room, self._work = shares(memory)
+        self._found: list[Measured] = []
+        self._held = Held(self._room, self._work)
 
-    def add(self, adapter: Adapter) -> dict[str, float]:
-        """Show one adapter; its name must be new. Returns ‖BA‖_F per site."""
-        with one_thread():
-            found = {path: _norm_and_cancellation(factors) for path, factors in adapter.sites.items()}
-        total = math.hypot(*(size for size, _ in found.values()))
-        if any(_part(f, "magnitude_O") is not None or _part(f, "bias_O") is not None for f in adapter.sites.values()):
-            self._extras.add(adapter.name)
-        with one_thread():
-            self._held.take(len(self._names), adapter, total, found)
-        self._sites.update((path, *factors.shape) for path, factors in adapter.sites.items())
-        self._names.append(adapter.name)
-        self._norms.append(total)
-        return {path: size for path, (size, _) in found.items()}
+    def add(self, adapter: Adapter) -> Measured:
+        """Show one adapter; its name must be new."""
+        found = measure(adapter)
+        self._held.take(len(self._found), adapter, found.norm, found.cancelling)
+        self._found.append(found)
+        return found
 
     def finish(
         self, read: Callable[[str], Adapter], progress: Callable[[int, str], Callable[..., None]] | None = None
@@ -243,103 +270,125 @@ class Comparison:
             read: gives an adapter by name again; asked only where memory did not hold all sites.
             progress: given the number of sites and a word, returns what is called at each.
         """
-        import torch
-
-        count = len(self._names)
-        cosine_NN = torch.zeros(count, count, dtype=torch.float64)
-        step = progress(len(self._sites), "comparing") if progress else lambda count=1, note="": None
+        sums_NN = no_sums(len(self._found))
+        sites = {(path, *shape) for one in self._found for path, shape in one.shapes.items()}
+        step = progress(len(sites), "comparing") if progress else lambda count=1, note="": None
         while True:
-            self._held.into(cosine_NN, self._work, step)
+            self._held.into(sums_NN, step)
             if self._held.end is None:
                 break
-            self._held = _Held(self._held.end, self._room)
-            with one_thread():
-                for index, name in enumerate(self._names):
-                    self._held.take(index, read(name), self._norms[index])
-        self._held = _Held(None, self._room)
-        upper = cosine_NN.triu(1).clamp(-1, 1)
-        diagonal = torch.tensor([float(size > 0) for size in self._norms], dtype=torch.float64)
-        cosine = upper + upper.T + torch.diag(diagonal)
-        return Similarity(tuple(self._names), tuple(self._norms), cosine, frozenset(self._extras))
+            self._held = Held(self._room, self._work, self._held.end)
+            for index, one in enumerate(self._found):
+                self._held.take(index, read(one.name), one.norm, one.cancelling)
+        return similarity_of(self._found, sums_NN)
 
 
-class _Held:
+def no_sums(count: int) -> Tensor:
+    """[N, N], int64: cosines in units of 2⁻⁵² before anything was added. Whole numbers have one sum, in whichever order and groups
+    they are added."""
+    import torch
+
+    return torch.zeros(count, count, dtype=torch.int64)
+
+
+def similarity_of(found: Sequence[Measured], sums_NN: Tensor) -> Similarity:
+    """What the sums over all sites say, of which those above the diagonal count."""
+    import torch
+
+    upper_NN = sums_NN.double().div_(_ONE).triu_(1).clamp_(-1, 1)
+    cosine_NN = upper_NN + upper_NN.T
+    cosine_NN.diagonal().copy_(torch.tensor([float(one.norm > 0) for one in found]))
+    extras = frozenset(one.name for one in found if one.extras)
+    return Similarity(tuple(one.name for one in found), tuple(one.norm for one in found), cosine_NN, extras)
+
+
+def shares(memory: float) -> tuple[float, float]:
+    """Bytes to hold factors in, and bytes to work on them with; adapters that are read need some as well."""
+    return memory * 0.45, memory * 0.3
+
+
+class Held:
     """The factors of all adapters at a run of sites, scaled so that each adapter has norm 1.
 
+    Args:
+        room: bytes that factors may use. work: that work on them may use on top, roughly.
+        start, end: the first site, and the first that is not wanted any more; from None, to None: all.
+
     Attributes:
-        end: the first site that memory did not hold; None where all fitted.
+        end: as it was given, or the first site that there was no room for.
     """
 
-    def __init__(self, start: Site | None, room: float) -> None:
-        self._start, self._room, self._bytes = start, room, 0.0
+    def __init__(self, room: float, work: float, start: Site | None = None, end: Site | None = None) -> None:
+        self._room, self._work, self._bytes = room, work, 0.0
+        self._start, self.end = start, end
         self._sites: dict[Site, list[tuple[int, Tensor, Tensor]]] = {}
-        self.end: Site | None = None
 
-    def take(self, index: int, adapter: Adapter, total: float, known: Mapping[str, tuple[float, float]] | None = None) -> None:
+    def take(self, index: int, adapter: Adapter, size: float, cancelling: Collection[str]) -> None:
         """Keep what there is room for. Where it overflows, the last sites give way, for this adapter and all before it.
-        `known` is what `_norm_and_cancellation` says of its sites, where that was asked already."""
-        if not total > 0:
+        `size`, its norm, and `cancelling` are as `measure` finds them."""
+        if not 0 < size < math.inf:
             return
-        for path in sorted(adapter.sites):
-            factors = adapter.sites[path]
-            site = (path, *factors.shape)
-            if (self._start is not None and site < self._start) or (self.end is not None and site >= self.end):
-                continue
-            cancellation = (known[path] if known else _norm_and_cancellation(factors))[1]
-            a_RD, b_RO = _unit(factors, total, cancellation)
-            self._sites.setdefault(site, []).append((index, a_RD, b_RO))
-            self._bytes += 4.0 * (a_RD.numel() + b_RO.numel())
-            while self._bytes > self._room and len(self._sites) > 1:
-                self.end = max(self._sites)
-                self._bytes -= sum(4.0 * (a.numel() + b.numel()) for _, a, b in self._sites.pop(self.end))
+        with one_thread():
+            for path in sorted(adapter.sites):
+                factors = adapter.sites[path]
+                site = (path, *factors.shape)
+                if (self._start is not None and site < self._start) or (self.end is not None and site >= self.end):
+                    continue
+                a_RD, b_RO = _unit(factors, size, path in cancelling)
+                self._sites.setdefault(site, []).append((index, a_RD, b_RO))
+                self._bytes += 4.0 * (a_RD.numel() + b_RO.numel())
+                while self._bytes > self._room and len(self._sites) > 1:
+                    self.end = max(self._sites)
+                    self._bytes -= sum(4.0 * (a.numel() + b.numel()) for _, a, b in self._sites.pop(self.end))
 
-    def into(self, cosine_NN: Tensor, work: float, step: Callable[..., None]) -> None:
-        """Add every site's products to the upper triangle."""
+    def into(self, sums_NN: Tensor, step: Callable[..., None] = lambda: None) -> None:
+        """Add every site's part of the cosines, upper triangle; nothing is held any more then."""
         import torch
 
         stacks = [sum(4.0 * (a.numel() + b.numel()) for _, a, b in members) for members in self._sites.values()]
-        workers = max(int(work / 2 / max(stacks, default=1.0)), 1)  # half for the stacks, half for products
-        each = work / 2 / min(workers, torch.get_num_threads())
-        done = spread(lambda members: _site_cosines(members, each), self._sites.values(), workers)
-        for members, sums_NN in zip(self._sites.values(), done, strict=True):
+        done = spread(_site_cosines, self._sites.values(), max(int(self._work / max(stacks, default=1.0)), 1))
+        for members, part_NN in zip(self._sites.values(), done, strict=True):
             index_N = torch.tensor([index for index, _, _ in members])
-            cosine_NN[index_N[:, None], index_N[None, :]] += sums_NN
+            sums_NN[index_N[:, None], index_N[None, :]] += part_NN
             step()
         self._sites.clear()
 
 
-def _site_cosines(members: Sequence[tuple[int, Tensor, Tensor]], work: float) -> Tensor:
-    """One site's part of the cosines of its adapters, upper triangle: A Aᵀ ∘ BᵀB over all ranks, summed per pair of adapters;
-    rows in blocks, columns from the block on."""
+def _site_cosines(members: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """One site's part of the cosines of its adapters in units of 1 / _ONE, upper triangle: A Aᵀ ∘ BᵀB over all ranks, summed per
+    pair of adapters; in tiles, from the diagonal on."""
     import torch
 
     a_SD = torch.cat([a for _, a, _ in members])
     b_SO = torch.cat([b for _, _, b in members])
     ranks = torch.tensor([a.shape[0] for _, a, _ in members])
     owner_S = torch.repeat_interleave(torch.arange(len(members)), ranks)
-    sums_NN = torch.zeros(len(members), len(members), dtype=torch.float64)
-    ends = ranks.cumsum(0).tolist()
-    most = max(int(work / (8 * max(ends[-1], 1))), 1)  # two fp32 products of a block lie side by side
+    sums_NN = no_sums(len(members))
+    ends = [0, *ranks.cumsum(0).tolist()]
+    tiles: list[tuple[slice, slice]] = []  # members, and their ranks
     first = 0
     while first < len(members):
-        start = ends[first - 1] if first else 0
         last = first + 1
-        while last < len(members) and ends[last] - start <= most:
+        while last < len(members) and ends[last + 1] - ends[first] <= _TILE:
             last += 1
-        rows = slice(start, ends[last - 1])
-        product = a_SD[rows] @ a_SD[start:].T
-        product *= b_SO[rows] @ b_SO[start:].T
-        by_row = product.new_zeros(last - first, product.shape[1]).index_add_(0, owner_S[rows] - first, product)
-        by_pair = product.new_zeros(len(members) - first, last - first).index_add_(0, owner_S[start:] - first, by_row.T)
-        sums_NN[first:last, first:] = by_pair.T.double()
+        tiles.append((slice(first, last), slice(ends[first], ends[last])))
         first = last
+    for number, (rows, row_ranks) in enumerate(tiles):
+        row_owner = owner_S[row_ranks] - rows.start
+        for columns, column_ranks in tiles[number:]:
+            product = a_SD[row_ranks] @ a_SD[column_ranks].T
+            product *= b_SO[row_ranks] @ b_SO[column_ranks].T
+            by_row = product.new_zeros(rows.stop - rows.start, product.shape[1]).index_add_(0, row_owner, product)
+            by_pair = product.new_zeros(columns.stop - columns.start, len(by_row))
+            by_pair.index_add_(0, owner_S[column_ranks] - columns.start, by_row.T)
+            sums_NN[rows, columns] = by_pair.T.double().mul_(_ONE).round_().long()
     return sums_NN
 
 
-def _unit(factors: Factors, total: float, cancellation: float) -> tuple[Tensor, Tensor]:
+def _unit(factors: Factors, total: float, cancelling: bool) -> tuple[Tensor, Tensor]:
     """A [R, D] and Bᵀ [R, O] of ΔW / total in fp32, with the two rows of each rank equally long, so that no square overflows."""
     a_RD, b_RO = factors.a_RD.double(), factors.b_OR.double().T
-    if cancellation > _CANCELLATION:
+    if cancelling:
         a_RD, b_RO = _orthogonal(a_RD, b_RO)
     a_R, b_R = a_RD.norm(dim=1), b_RO.norm(dim=1)
     length_R = (a_R * b_R / total).sqrt()

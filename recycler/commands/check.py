@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
-from recycler.options import as_json, in_zoo, open_zoo, print_json, with_base
+from recycler.options import as_json, in_zoo, open_zoo, print_json, with_base, with_engine
 
 
 @click.command(name="check")
@@ -17,6 +19,7 @@ from recycler.options import as_json, in_zoo, open_zoo, print_json, with_base
 )
 @click.option("--force", is_flag=True, help="Replace the CSV file.")
 @click.option("--strict", is_flag=True, help="Copies, odd norms and missing licences end with exit code 3 too.")
+@with_engine
 @in_zoo
 @as_json
 def zoo_check(
@@ -25,6 +28,7 @@ def zoo_check(
     csv_file: str | None,
     force: bool,
     strict: bool,
+    engine: str | None,
     zoo_path: str | None,
     as_json: bool,
 ) -> None:
@@ -38,6 +42,7 @@ def zoo_check(
     Examples:
       recycle zoo check --base org/base
       recycle zoo check math law --csv cosines.csv
+      recycle zoo check --engine ray      # shared by workers
     """
     from recycler.check_report import check_file
     from recycler.checking import check
@@ -46,8 +51,8 @@ def zoo_check(
 
     if csv_file:
         check_file(Path(csv_file), force)  # before the long work
-    with bars() as progress:
-        report = check(open_zoo(zoo_path), base, names=names or None, progress=progress)
+    with bars() as progress, redirect_stdout(sys.stderr):  # what an engine prints is chatter
+        report = check(open_zoo(zoo_path), base, names=names or None, engine=engine, progress=progress)
     if csv_file:
         report.write_csv(Path(csv_file), force=force)
     if as_json:
