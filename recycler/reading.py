@@ -36,6 +36,10 @@ class Reading:
     def lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.model.tokenizer(list(texts), add_special_tokens=False).input_ids]
 
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        found = self.model.tokenizer(list(texts), return_tensors="pt", padding=True)
+        return {name: found[name].to(self.model.source.device) for name in ("input_ids", "attention_mask")}
+
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:
         return sentences.embed(texts, encoder)
 

@@ -4,10 +4,11 @@ Step one, p(task | prompt): `routers/requests.py`, on the prompt's text and on t
 mixture, chosen on the task's shots: the adapter with the lowest NLL, or two of the best mixed where that is better by more than one
 standard error; a task that nobody helps has the base.
 
-A prompt is given the row of its likeliest task. Where that is not sure, because the prompt is worded unlike any shot or asks for
-something that no shot does, the row of a second likely task is mixed in half and half, if the two get along: each of them keeps
+A prompt is given the row of its likeliest task. Where that is not sure, and its wording does not tell it from a second task, it may
+be a third thing that no shot asks for: the second's row is mixed in, if the two get along, which is to say that each of them keeps
 most of what it can on its own shots. Adapters that do (past tense and plural) can do together what neither was trained for (the
-third person); most others ruin each other.
+third person); most others ruin each other. Each has 0.6 and not half of its strength: updates of different adapters are nearly
+orthogonal, so that the mean of two is shorter than either.
 
 A prompt that resembles no shot of any task goes to the base.
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _SHARES = (0.5, 0.7)  # of the better of two adapters that are mixed
-_LIKELY = 0.04  # a second task has at least this probability
+_ALIKE = 0.3  # the wording gives a second task at least this share of the first's probability
+_TOGETHER = 0.6  # of each row, where two are mixed
 _KEPT = 0.75  # of the probability of its own answers that each of two friends keeps in their mixture
 _NEAREST = 3  # tasks that are tried as a task's friends
 _TRIED = 8  # shots of each
@@ -102,14 +104,11 @@ class Classifier(SequenceRouter):
         assert self.requests is not None
         found = self.requests.read(reader, inputs)
         p_BC = found.log_p_BC.exp()
-        first_B = p_BC.argmax(-1)
-        # The likeliest of the first one's friends; the first itself, where it has none that is likely at all.
-        others_BC = p_BC * self.friends_CC[first_B]
-        others_BC = others_BC.scatter(1, first_B[:, None], _LIKELY)
-        unsure_B = p_BC.amax(-1) < self.config.sure
-        second_B = torch.where(unsure_B, others_BC.argmax(-1), first_B)
+        first_B, second_B = companions(p_BC, found.text_BC.exp(), self.friends_CC, self.config.sure)
         known_B = found.similarity_B >= self.config.unknown
-        weights_BE = (self.table_CE[first_B] + self.table_CE[second_B]) / 2 * known_B[:, None]
+        one_BE, two_BE = self.table_CE[first_B], self.table_CE[second_B]
+        share_B = torch.where((one_BE == two_BE).all(-1), 0.5, _TOGETHER) * known_B
+        weights_BE = (one_BE + two_BE) * share_B[:, None]
         why = []
         for b, (one, two) in enumerate(zip(first_B.tolist(), second_B.tolist(), strict=True)):
             said = {self.requests.tasks[c]: round(float(p_BC[b, c]), 3) for c in dict.fromkeys((one, two))}
@@ -125,6 +124,15 @@ class Classifier(SequenceRouter):
         rest = dict(tensors)
         self.table_CE, self.friends_CC = rest.pop("table"), rest.pop("friends")
         self.requests = Requests(tuple(self.report["tasks"]), self.config, rest)
+
+
+def companions(p_BC: Tensor, wording_BC: Tensor, friends_CC: Tensor, sure: float) -> tuple[Tensor, Tensor]:
+    """Each prompt's likeliest task, and the one whose row is mixed in: where that is not `sure`, the friend that the wording speaks
+    for most, if it has `_ALIKE` of what it says for the first; else the first again."""
+    first_B = p_BC.argmax(-1)
+    floor_B1 = _ALIKE * wording_BC.gather(1, first_B[:, None])
+    friends_BC = (wording_BC * friends_CC[first_B]).scatter(1, first_B[:, None], floor_B1)
+    return first_B, torch.where(p_BC.amax(-1) < sure, friends_BC.argmax(-1), first_B)
 
 
 def table(model: Model, profile: Profile, tasks: Sequence[str], mix: int) -> Tensor:

@@ -117,6 +117,10 @@ class Reader(Protocol):
         """How many tokens of the base each text has, without special tokens."""
         ...
 
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The base's inputs for texts as they stand, padded: ``input_ids`` and ``attention_mask`` [N, T], on its device."""
+        ...
+
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:
         """Sentence embeddings [N, width of the encoder], of length 1, fp32, on the CPU."""
         ...

@@ -16,11 +16,13 @@ from recycler.base import load_base
 from recycler.build import read_adapters
 from recycler.profiles import Profile
 from recycler.routed import RoutedModel
-from recycler.routers.classifier import Classifier, ClassifierConfig, friends, table
+from recycler.routers.classifier import Classifier, ClassifierConfig, companions, friends, table
 from recycler.routers.discovery import load_router
+from recycler.routers.gist import frame, gists
 from recycler.routers.glider import Glider, GliderConfig, _threshold
-from recycler.routers.requests import Requests, Witnesses, _between, last_tokens, tails
+from recycler.routers.requests import Requests, Witnesses, _between, _spans, tails
 from recycler.routers.retrieval import Retrieval, RetrievalConfig, nearest
+from recycler.routers.states import States, last_tokens
 from recycler.scoring import Fitting
 from recycler.shots import Shot, Shots
 from recycler.zoo.errors import UsageError
@@ -81,10 +83,10 @@ def test_tails_are_suffixes_and_few(text: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- witnesses
 
 
-@pytest.mark.parametrize("state, words", [(0.0, 0.0), (0.5, 0.5)])
-def test_tasks_are_told_apart_in_other_words(fitting: Fitting, state: float, words: float) -> None:
+@pytest.mark.parametrize("base", [0.0, 0.5])
+def test_tasks_are_told_apart_in_other_words(fitting: Fitting, base: float) -> None:
     """The pico base knows nothing, so its own evidence must not drown the encoder's."""
-    requests = Requests.fit(fitting, shots(), Witnesses(state=state, words=words), seed=0)
+    requests = Requests.fit(fitting, shots(), Witnesses(state=base, words=base, gist=base / 2), seed=0)
     found = requests.read(fitting, inputs(fitting, *ASKED.values()))
     assert [requests.tasks[c] for c in found.log_p_BC.argmax(-1)] == list(ASKED)
     torch.testing.assert_close(found.log_p_BC.exp().sum(-1), torch.ones(4))
@@ -100,6 +102,59 @@ def test_the_last_request_counts_wherever_it_begins(fitting: Fitting) -> None:
     found = with_tails.read(fitting, prompts)
     assert [with_tails.tasks[c] for c in found.log_p_BC.argmax(-1)] == ["math", "code"]
     assert all("moon" not in tail for tail in found.tails)
+
+
+_TEXT = st.text(alphabet="ab:\n ", max_size=12)
+
+
+@given(_TEXT, _TEXT, st.lists(_TEXT, min_size=1, max_size=5))
+def test_a_frame_is_what_all_prompts_share_in_whole_words(before: str, after: str, parts: list[str]) -> None:
+    prompts = [before + part + after for part in parts]
+    found = frame(prompts)
+    assert all(
+        p.startswith(found[0]) and p.endswith(found[1]) and (found == ("", "") or len(p) > sum(map(len, found)))
+        for p in prompts
+    )
+    assert (not found[0] or found[0][-1].isspace()) and (not found[1] or found[1][0].isspace())
+    wordy = [f"{before}: x{i} {part} {i}\n{after}" for i, part in enumerate([*parts, "b"])]
+    assert frame(wordy)[0].startswith(f"{before}: ") and frame(wordy)[1].endswith(f"\n{after}")
+
+
+def test_a_gist_is_of_the_request_alone_whatever_stands_around_it_and_beside_it(fitting: Fitting) -> None:
+    plain = [text.removeprefix("Instruction: ").removesuffix("\nResponse:") for text in ASKED.values()]
+    edge = frame(list(ASKED.values()))
+    assert edge == ("Instruction: ", "\nResponse:")
+    together = gists(fitting, [*ASKED.values(), *plain, "a" * 5000], edge)
+    torch.testing.assert_close(together[:4], together[4:8])
+    for row, text in zip(together, plain, strict=False):
+        torch.testing.assert_close(row, gists(fitting, [text], ("", ""))[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(9))
+    assert (together[0] - together[1]).norm() > 1e-3
+
+
+def test_the_words_are_those_between_what_all_prompts_share(fitting: Fitting) -> None:
+    """Against the tokens themselves, in a batch with padding; a text without the frame is taken whole, and so is one that is nothing
+    else."""
+    shared = ("Instruction: ", "\nResponse:")
+    texts = [ASKED["math"], "What do 44 and 71 add up to?", "\nResponse:"]
+    spans = _spans(fitting, texts, shared)
+    states_BTH, mask_BT = fitting.states(inputs(fitting, *texts), 0.5)
+    states_BTH = torch.nn.functional.layer_norm(states_BTH, states_BTH.shape[-1:])
+    means = States(fitting, inputs(fitting, *texts), 0.5).mean(spans)
+    count = fitting.lengths
+    for row, (text, drop, cut) in enumerate(
+        zip(texts, (count(["Instruction:"])[0], 0, 0), (count(["\nResponse:"])[0], 0, 0), strict=True)
+    ):
+        real_TH = states_BTH[row][mask_BT[row]][-count([text])[0] :]
+        torch.testing.assert_close(means[row], real_TH[drop : len(real_TH) - cut].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_of_before_there_were_gists_reads_without(fitting: Fitting) -> None:
+    requests = Requests.fit(fitting, shots(), Witnesses(gist=0), seed=0)
+    assert not any(name.startswith("gist") for name in requests.tensors)
+    old = Requests(requests.tasks, Witnesses(), requests.tensors)
+    prompts = inputs(fitting, *ASKED.values())
+    torch.testing.assert_close(old.read(fitting, prompts).log_p_BC, requests.read(fitting, prompts).log_p_BC)
 
 
 def test_the_state_is_asked_only_where_tails_disagree() -> None:
@@ -142,7 +197,9 @@ def test_reading_a_middle_layer_runs_none_above(fitting: Fitting) -> None:
     torch.testing.assert_close(fitting.states(prompt, 1.0)[0], expected[-1])
 
 
-@pytest.mark.parametrize("name, value", [("state", -1), ("words", float("inf")), ("depth", 0), ("depth", 1.5)])
+@pytest.mark.parametrize(
+    "name, value", [("state", -1), ("words", float("inf")), ("gist", float("nan")), ("depth", 0), ("depth", 1.5)]
+)
 def test_dials_that_say_nothing(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"^{name}="):
         Witnesses(**{name: value})  # type: ignore[arg-type]
@@ -202,18 +259,33 @@ def test_a_plain_prompt_gets_one_row_and_a_strange_one_the_base(fitting: Fitting
     assert not decision.weights_BE.any() and all(reason["unknown"] for reason in decision.why)
 
 
-def test_an_unsure_prompt_is_shared_with_a_friend_only(fitting: Fitting) -> None:
-    router = classifier(fitting, sure=1.0)
+def test_an_unsure_prompt_is_shared_with_a_friend_that_the_wording_cannot_tell_from_it() -> None:
+    friends_CC = torch.eye(3, dtype=torch.bool)
+    friends_CC[0, 1] = friends_CC[1, 0] = True
+    rows = [  # p, what the wording says, the two tasks
+        ([0.7, 0.2, 0.1], [0.4, 0.3, 0.3], (0, 1)),
+        ([0.7, 0.2, 0.1], [0.2, 0.7, 0.1], (0, 1)),
+        ([0.7, 0.2, 0.1], [0.7, 0.2, 0.1], (0, 0)),  # it is told apart
+        ([0.7, 0.1, 0.2], [0.4, 0.1, 0.5], (0, 0)),  # no friend
+        ([0.2, 0.2, 0.6], [0.4, 0.4, 0.2], (2, 2)),  # has none
+        ([0.95, 0.03, 0.02], [0.4, 0.3, 0.3], (0, 0)),  # sure
+    ]
+    first_B, second_B = companions(
+        torch.tensor([p for p, _, _ in rows]), torch.tensor([w for _, w, _ in rows]), friends_CC, 0.9
+    )
+    assert list(zip(first_B.tolist(), second_B.tolist(), strict=True)) == [tasks for *_, tasks in rows]
+    nobody = companions(torch.tensor([rows[0][0]]), torch.tensor([rows[0][1]]), friends_CC, 0.0)
+    assert [one.tolist() for one in nobody] == [[0], [0]]
+
+
+def test_two_rows_are_mixed_and_one_adapter_is_not_doubled(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = classifier(fitting)
     prompt = inputs(fitting, ASKED["math"])
-    router.friends_CC = torch.eye(4, dtype=torch.bool)
-    assert router.decide(fitting, prompt).weights_BE.max() == 1
-    router.friends_CC = torch.ones(4, 4, dtype=torch.bool)
-    likely = router.requests.read(fitting, prompt).log_p_BC.exp()[0].sort(descending=True)  # type: ignore[union-attr]
-    weights = router.decide(fitting, prompt).weights_BE[0]
-    if likely.values[1] > 0.04:
-        assert weights.nonzero().flatten().tolist() == sorted(likely.indices[:2].tolist()) and weights.max() == 0.5
-    else:
-        assert weights.max() == 1
+    pair = (torch.tensor([NAMES.index("math")]), torch.tensor([NAMES.index("poem")]))
+    monkeypatch.setattr("recycler.routers.classifier.companions", lambda *_: pair)
+    assert router.decide(fitting, prompt).weights_BE[0].tolist() == pytest.approx([0, 0, 0.6, 0.6])
+    router.table_CE[NAMES.index("poem")] = router.table_CE[NAMES.index("math")]
+    assert router.decide(fitting, prompt).weights_BE[0].tolist() == [0, 0, 1, 0]
 
 
 def test_every_row_has_a_reason_that_json_can_hold(fitting: Fitting) -> None:
