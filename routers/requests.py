@@ -1,6 +1,6 @@
 """What a prompt asks for: the log-probability of each of a few tasks, from shots of them.
 
-Four witnesses are heard, each a logistic regression fitted on the shots.
+Five witnesses are heard, each a logistic regression fitted on the shots.
 
 Text. A sentence encoder reads the prompt. Where a prompt holds earlier turns, the encoding of all of it is about all of them; so
 every tail of the prompt that begins at a line is read too. Nobody needs to say where turns begin, and long prompts are read to
@@ -11,17 +11,22 @@ model that will answer.
 
 Gist. The base's state where it would say in one word what a tail means (`routers/gist.py`).
 
+Names. How near the encoding of a tail is to that of each task's name. A name that says what the task is ("plural") knows wordings that
+no shot has; how much names say in this profile, a single number, is fitted on the shots too, and for names like "task-07" it is 0.
+
 State. The hidden state at the last token of the prompt. It has read everything, in order, and knows which request is still
 unanswered; what it knows of wordings it has not seen is little. It is fitted on the shots and on chains of them, and heard only
 where tails speak for different tasks, on which of those it is.
 
 A task is claimed by the tail that speaks for it most:
 
-    log p(c) = max over tails of [log p_text(c) + b · log p_words(c) + g · log p_gist(c)] + a · log p_state(c), normalised.
+    log p(c) = max over tails of [log p_text(c) + b · log p_words(c) + g · log p_gist(c) + n · log p_names(c)] + a · log p_state(c),
+
+normalised.
 
 On SmolLM2's twelve tasks, the share of prompts whose task is named right (`benchmarks/decisions.py`): plain 1.00, after two turns of
-other tasks .99. Of prompts in other words than any of 12 shots: text .90, with words .93, with words and gist .95; of a second set of
-such, curter and more figurative ("Make college many"), .85, .86 and .88. What goes wrong there are the tasks on single words (plural,
+other tasks .99. Of prompts in other words than any of 12 shots: text .90, with words .93, with gist .95, with names .96; of a second
+set of such, curter and more figurative ("Make college many"), .85, .86, .88 and .89. What goes wrong there are the tasks on single words (plural,
 category), and the encoder and the base alike do not know what is meant.
 
 Dimensions in names: B batch, T token, C task, N example, P tail, D width of the encoder, H width of the base.
@@ -59,6 +64,7 @@ class Witnesses:
         words: b, the say of the base's mean state over a tail. With both at 0 the base need not read the prompt twice.
         gist: g, the say of what the base takes a tail to mean; it reads each tail once more for that. Encoder–decoders, which do
             not go on with what they read, have none.
+        names: n, the say of the tasks' names. It is small, as they speak as loudly of what they do not fit.
         depth: which layer's states, from 0 to 1. The middle sees the wording; the last layers are busy with the next word.
         tails: also read what begins at a line; false reads the whole prompt only.
     """
@@ -67,14 +73,15 @@ class Witnesses:
     state: float = 1.0
     words: float = 0.5
     gist: float = 0.5
+    names: float = 0.25
     depth: float = 0.8
     tails: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("state", "words", "gist"):
+        for name in ("state", "words", "gist", "names"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(
-                    f"{name}={getattr(self, name)}.", "It weighs the base's evidence.", "Use 0 or more.", code="E_OPTION"
+                    f"{name}={getattr(self, name)}.", "It weighs evidence beside the text's.", "Use 0 or more.", code="E_OPTION"
                 )
         if not 0 < self.depth <= 1:
             raise UsageError(
@@ -125,6 +132,8 @@ class Requests:
         tensors = {"examples": text_ND, "labels": torch.tensor(labels), **_regression("text", text_ND, labels, len(tasks))}
         shared = frame(texts)
         tensors |= {"frame.before": _as_bytes(shared[0]), "frame.after": _as_bytes(shared[1])}
+        if config.names:
+            tensors |= _named(text_ND, model.embed([_spoken(task) for task in tasks], config.encoder), labels)
         if config.gist and model.chains:
             tensors |= _centred("gist", gists(model, texts, shared), labels, len(tasks))
         chains = [[shot] for _, shot in rows]
@@ -146,6 +155,9 @@ class Requests:
         text_PD = reader.embed(flat, self.config.encoder)
         wording_PC = self._log_p("text", text_PD)
         claim_PC = wording_PC
+        if "names" in self.tensors:
+            near_PC = text_PD @ self.tensors["names"].T - self.tensors["names.middle"]
+            claim_PC = claim_PC + self.config.names * (self.tensors["names.scale"] * near_PC).log_softmax(-1)
         if "gist.weight" in self.tensors:
             claim_PC = claim_PC + self.config.gist * self._log_p("gist", gists(reader, flat, self.frame))
         states = States(reader, inputs, self.config.depth) if self.config.words or self.config.state else None
@@ -234,6 +246,26 @@ def _as_bytes(text: str) -> Tensor:
 
 def _as_text(tensor: Tensor) -> str:
     return bytes(tensor.tolist()).decode()
+
+
+def _spoken(name: str) -> str:
+    """A task's name as one would say it: "past_tense" is past tense."""
+    return re.sub(r"[\W_]+", " ", name).strip() or name
+
+
+def _named(text_ND: Tensor, name_CD: Tensor, labels: Sequence[int]) -> dict[str, Tensor]:
+    """p = softmax(k (cos(text, name) − its mean over the shots)), with the k ≥ 0 under which the shots' tasks are likeliest: the
+    likelihood is concave in k, so that its slope says on which side of k the best one is."""
+    near_NC = text_ND @ name_CD.T
+    middle_C = near_NC.mean(0)
+    near_NC = near_NC - middle_C
+    own_N = near_NC[torch.arange(len(labels)), list(labels)]
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        k = (low + high) / 2
+        slope = (own_N - ((k * near_NC).softmax(-1) * near_NC).sum(-1)).mean()
+        low, high = (k, high) if slope > 0 else (low, k)
+    return {"names": name_CD, "names.middle": middle_C, "names.scale": torch.tensor(low)}
 
 
 def _centred(witness: str, x_NH: Tensor, labels: Sequence[int], count: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from recycler.routers.classifier import Classifier, ClassifierConfig, companions
 from recycler.routers.discovery import load_router
 from recycler.routers.gist import frame, gists
 from recycler.routers.glider import Glider, GliderConfig, _threshold
-from recycler.routers.requests import Requests, Witnesses, _between, _spans, tails
+from recycler.routers.requests import Requests, Witnesses, _between, _named, _spans, _spoken, tails
 from recycler.routers.retrieval import Retrieval, RetrievalConfig, nearest
 from recycler.routers.states import States, last_tokens
 from recycler.scoring import Fitting
@@ -149,9 +149,45 @@ def test_the_words_are_those_between_what_all_prompts_share(fitting: Fitting) ->
         torch.testing.assert_close(means[row], real_TH[drop : len(real_TH) - cut].mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_a_router_of_before_there_were_gists_reads_without(fitting: Fitting) -> None:
-    requests = Requests.fit(fitting, shots(), Witnesses(gist=0), seed=0)
-    assert not any(name.startswith("gist") for name in requests.tensors)
+def test_names_that_say_what_a_task_is_are_heard_and_others_are_not(fitting: Fitting) -> None:
+    """Where they are numbers, or wrong, it is as if there were none."""
+    says = Requests.fit(fitting, shots(), Witnesses(words=0, state=0, gist=0), seed=0)
+    assert says.tensors["names.scale"] > 1
+    prompts = inputs(fitting, *ASKED.values())
+    for renamed in (
+        dict(zip(NAMES, ("t1", "t2", "t3", "t4"), strict=True)),
+        dict(zip(NAMES, (*NAMES[1:], NAMES[0]), strict=True)),
+    ):
+        others = Shots({renamed[task]: some for task, some in shots().items()})
+        mute = Requests.fit(fitting, others, Witnesses(words=0, state=0, gist=0), seed=0)
+        without = Requests.fit(fitting, others, Witnesses(words=0, state=0, gist=0, names=0), seed=0)
+        assert mute.tensors["names.scale"] < 1e-3 and "names" not in without.tensors
+        torch.testing.assert_close(mute.read(fitting, prompts).log_p_BC, without.read(fitting, prompts).log_p_BC)
+
+
+@given(st.integers(0, 1000), st.floats(0, 60))
+def test_names_speak_as_loudly_as_the_shots_say(seed: int, k: float) -> None:
+    """No other strength makes the shots' tasks likelier."""
+    draw = torch.Generator().manual_seed(seed)
+    text_ND, name_CD = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draw), dim=1) for n in (30, 4))
+    labels = torch.randint(4, (30,), generator=draw)
+    found = _named(text_ND, name_CD, labels.tolist())
+    near_NC = text_ND @ name_CD.T - found["names.middle"]
+    loss = [torch.nn.functional.cross_entropy(scale * near_NC, labels) for scale in (found["names.scale"], k)]
+    assert loss[0] <= loss[1] + 1e-5 and found["names.scale"] >= 0
+
+
+def test_a_name_is_read_as_words() -> None:
+    assert [_spoken(name) for name in ("past_tense", "org/word-category.v2", "___")] == [
+        "past tense",
+        "org word category v2",
+        "___",
+    ]
+
+
+def test_a_router_of_before_there_were_gists_and_names_reads_without(fitting: Fitting) -> None:
+    requests = Requests.fit(fitting, shots(), Witnesses(gist=0, names=0), seed=0)
+    assert not any(name.startswith(("gist", "names")) for name in requests.tensors)
     old = Requests(requests.tasks, Witnesses(), requests.tensors)
     prompts = inputs(fitting, *ASKED.values())
     torch.testing.assert_close(old.read(fitting, prompts).log_p_BC, requests.read(fitting, prompts).log_p_BC)
