@@ -37,8 +37,9 @@ class Reading:
         return [len(ids) for ids in self.model.tokenizer(list(texts), add_special_tokens=False).input_ids]
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        found = self.model.tokenizer(list(texts), return_tensors="pt", padding=True)
-        return {name: found[name].to(self.model.source.device) for name in ("input_ids", "attention_mask")}
+        size = getattr(self.model.config, "max_position_embeddings", None)
+        ids = self.model.tokenizer(list(texts)).input_ids
+        return text.padded(self.model.source, [row[-size:] if size else row for row in ids])
 
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:
         return sentences.embed(texts, encoder)

@@ -125,6 +125,11 @@ def prompts(base: Base, rows: Sequence[Sequence[Shot]]) -> dict[str, Tensor]:
             row += (separator if number else []) + prompt_ids(base, shot, first=number == 0)
             row += completion_ids(base, shot) if number < len(chain) - 1 else []
         ids.append(row)
+    return padded(base, ids)
+
+
+def padded(base: Base, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows of token ids as the base takes them together: ``input_ids`` and ``attention_mask`` [B, T]."""
     left = not base.encoder_decoder
     mask_BT = _pad([[1] * len(row) for row in ids], 0, base.device, left)
     return {"input_ids": _pad(ids, base.tokenizer.pad_token_id, base.device, left), "attention_mask": mask_BT}

@@ -118,7 +118,8 @@ class Reader(Protocol):
         ...
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The base's inputs for texts as they stand, padded: ``input_ids`` and ``attention_mask`` [N, T], on its device."""
+        """The base's inputs for texts as they stand, padded: ``input_ids`` and ``attention_mask`` [N, T], on its device. Of a text
+        that is longer than its context they are the end."""
         ...
 
     def embed(self, texts: Sequence[str], encoder: str) -> Tensor:

@@ -132,6 +132,15 @@ def test_a_gist_is_of_the_request_alone_whatever_stands_around_it_and_beside_it(
     assert (together[0] - together[1]).norm() > 1e-3
 
 
+def test_a_gist_ends_with_its_question_in_a_short_context(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fitting.tokens(["a b c " * 20, "a"])
+    monkeypatch.setattr(fitting.model.config, "max_position_embeddings", 8)
+    cut = fitting.tokens(["a b c " * 20, "a"])
+    assert cut["input_ids"].shape == (2, 8) and torch.equal(cut["input_ids"][0], whole["input_ids"][0, -8:])
+    assert torch.equal(cut["attention_mask"][1], whole["attention_mask"][1, -8:])
+    assert gists(fitting, [ASKED["math"]], ("", "")).isfinite().all()
+
+
 def test_the_words_are_those_between_what_all_prompts_share(fitting: Fitting) -> None:
     """Against the tokens themselves, in a batch with padding; a text without the frame is taken whole, and so is one that is nothing
     else."""
