@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 _HOME = tempfile.mkdtemp(prefix="recycler-tests-")
@@ -19,6 +20,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # for the commands that tests start
     RECYCLE_ZOO=os.path.join(_HOME, "zoo"),
 )
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path  # noqa: E402  (the environment above is read when these are imported)
 from typing import TYPE_CHECKING, NamedTuple  # noqa: E402

@@ -198,7 +198,7 @@ def test_the_numbers_are_the_readmes() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf8").splitlines()
     numbers = next(line for line in readme if line.startswith("| ridge |")).removeprefix("| ridge")
     assert f"| **ridge**{numbers}" in hooks.readme_rows("ridge") and "| oracle |" in hooks.readme_rows("ridge")
-    assert "**glider" in hooks.readme_rows("glider") and hooks.readme_rows("lorahub") == ""
+    assert "**glider" in hooks.readme_rows("glider") and hooks.readme_rows("hierarchy") == ""
 
 
 def test_commands_and_policies_are_all_there() -> None:
