@@ -4,8 +4,8 @@
 
 Two mixtures that are the same give the same answer, so that a router that is right costs nothing beside the oracle: this is the
 short way to the figures of `quality.py` that need all rows. FOLDER/kshot/*.jsonl are the only rows that anything learns from. Prints,
-for plain, switched and reworded prompts of the tasks that adapters were trained for, and for the held-out tasks (--unseen) without
-and with their shots: the router's exact match, that of each task's own adapter, and their ratio.
+for plain, switched and reworded prompts (`reword.py` has two sets of words) of the tasks that adapters were trained for, and for the
+held-out tasks (--unseen) without and with their shots: the router's exact match, that of each task's own adapter, and their ratio.
 """
 
 from __future__ import annotations
@@ -57,12 +57,17 @@ def main() -> None:
         )
 
     plain, held_out = read("test", False), read("test", True)
-    reworded = {
-        task: [replace(row, prompt=reword(task, row.prompt, i)) for i, row in enumerate(rows)]
-        for task, rows in plain.items()
-        if task in WORDINGS
-    }
-    groups = {"held-in": plain, "reworded": recycler.Shots(reworded), "switch": read("switch", False)}
+
+    def otherwise(curt: bool) -> Shots:
+        return recycler.Shots(
+            {
+                task: [replace(row, prompt=reword(task, row.prompt, i, curt)) for i, row in enumerate(rows)]
+                for task, rows in plain.items()
+                if task in WORDINGS
+            }
+        )
+
+    groups = {"held-in": plain, "reworded": otherwise(False), "curt": otherwise(True), "switch": read("switch", False)}
     kshot = read("kshot", False)
     everything = recycler.Shots({**kshot, **read("kshot", True)})
     lines = []
