@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from recycler.benching import Bench
+from recycler.evaluation import BEYOND, UNTOLD
 from recycler.journal import write_text
 from recycler.terminal import say, table
 
@@ -64,12 +65,18 @@ def verdict(bench: Bench) -> list[str]:
     lines = [bench.choice[1]]
     if bench.routers:
         for name, group in bench.groups.items():
-            found = {task: one for task, one in group.by_task().items() if task in group.beyond}
-            if found:
-                scores = ", ".join(
-                    f"{task} (base {one['base_exact']:.2f}, best {one['best_exact']:.2f})" for task, one in found.items()
-                )
-                lines.append(f"Beyond the zoo, {name}: don't bother with {scores}.")
+            by_task = group.by_task()
+            for kind, what in (
+                (BEYOND, f"Beyond the zoo, {name}: don't bother with"),
+                (UNTOLD, f"Too few rows to tell, {name}:"),
+            ):
+                scores = [
+                    f"{task} (base {one['base_exact']:.2f}, best {one['best_exact']:.2f})"
+                    for task, one in by_task.items()
+                    if one["verdict"] == kind
+                ]
+                if scores:
+                    lines.append(f"{what} {', '.join(scores)}.")
     return lines
 
 

@@ -22,6 +22,8 @@ from recycler.zoo.errors import UsageError, choices
 SCHEMA_VERSION = 1
 BASELINES = ("base", "best single", "uniform", "oracle")
 BEYOND = "beyond the zoo: don't bother"
+UNTOLD = "too few rows to tell"
+_NOTEWORTHY = 0.1  # a gain that is not clear, and that nobody should be told to forget
 _RESAMPLES = 4000
 
 
@@ -90,8 +92,9 @@ class Evaluation:
         """Task by task: does the best router beat the base there, and does anything?
 
         The best of many is looked for on the rows that judge it, so that each comparison with the base must hold at 95 % divided
-        among all of them (Bonferroni). ``verdict`` is "routing helps", "beyond the zoo: don't bother" where nothing scores clearly
-        above the base, or "don't bother" where something does, and no router.
+        among all of them (Bonferroni). ``verdict`` is "routing helps"; "don't bother" where something scores clearly above the base,
+        and no router; where nothing does, "too few rows to tell" if something gains a tenth all the same, else "beyond the zoo:
+        don't bother".
         """
         level = 1 - 0.05 / max(len(self.contenders) - 1, 1)
         result = {}
@@ -101,7 +104,12 @@ class Evaluation:
             clear = [c for c in low if low[c] > 0]
             router = max(self.routers, key=gain.__getitem__)
             best = max(self.contenders, key=gain.__getitem__)
-            helps = router in clear
+            if router in clear:
+                said = "routing helps"
+            elif clear:
+                said = "don't bother"
+            else:
+                said = UNTOLD if gain[best] >= _NOTEWORTHY else BEYOND
             result[task] = {
                 "router": router,
                 "router_exact": _mean(self.exact[router][task]),
@@ -110,14 +118,22 @@ class Evaluation:
                 "interval": list(self.interval(router, "base", level=level, tasks=[task])),
                 "best": best,
                 "best_exact": _mean(self.exact[best][task]),
-                "verdict": "routing helps" if helps else "don't bother" if clear else BEYOND,
+                "verdict": said,
             }
         return result
 
     @property
     def beyond(self) -> tuple[str, ...]:
-        """Tasks where nothing scores clearly above the base."""
-        return tuple(task for task, found in self.by_task().items() if found["verdict"] == BEYOND)
+        """Tasks where nothing scores clearly above the base, nor seems to."""
+        return self._told(BEYOND)
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Tasks where something seems to score above the base, and there are too few rows to say so."""
+        return self._told(UNTOLD)
+
+    def _told(self, verdict: str) -> tuple[str, ...]:
+        return tuple(task for task, found in self.by_task().items() if found["verdict"] == verdict)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -23,17 +23,16 @@ def say(text: str) -> None:
 
 
 def complain(error: RecycleError) -> None:
-    """What happened, why, and what to do, each on its own line; to a person also the code, and how to read more on it."""
-    person = sys.stderr.isatty()
-    label = click.style(
-        f"error[{error.code}]:" if person else "error:", fg="red", bold=True
-    )  # no colour where it is no terminal
+    """What happened, why, and what to do, each on its own line; then the error's code, and where it is explained.
+
+    The same for a person and for a file: scripts tell errors apart by the code, and reports are pasted from logs.
+    """
+    label = click.style("error:", fg="red", bold=True)  # no colour where it is no terminal
     click.echo(f"{label} {OBEYED.sub('', error.what)}", err=True)
     for part in (error.why, error.fix):
         for line in part.splitlines():
             say(f"  {line}")
-    if person:
-        click.secho(f"  recycle errors {error.code}", dim=True, err=True)
+    click.secho(f"  more: recycle errors {error.code}, or {error.docs}", dim=True, err=True)
 
 
 @contextmanager
@@ -165,3 +164,5 @@ def evaluation_table(result: Evaluation) -> None:
     click.echo(result.verdict())
     if result.beyond:
         say(f"beyond the zoo, where nothing scores clearly above the base: {', '.join(result.beyond)}")
+    if result.untold:
+        say(f"too few rows to tell, where something may score above the base: {', '.join(result.untold)}")

@@ -141,10 +141,10 @@ def test_every_task_counts_the_same() -> None:
 def test_task_by_task() -> None:
     none, few, half, all_ = [0.0] * 40, [1.0, *[0.0] * 39], [0.0, 1.0] * 20, [1.0] * 40
     table = {
-        "base": {"helped": none, "beyond": none, "lost": none, "known": all_},
-        "best single": {"helped": none, "beyond": none, "lost": half, "known": all_},
-        "ridge": {"helped": half, "beyond": few, "lost": none, "known": all_},
-        "arrow": {"helped": none, "beyond": none, "lost": none, "known": none},
+        "base": {"helped": none, "beyond": none, "lost": none, "known": all_, "short": none[:4]},
+        "best single": {"helped": none, "beyond": none, "lost": half, "known": all_, "short": none[:4]},
+        "ridge": {"helped": half, "beyond": few, "lost": none, "known": all_, "short": few[:4]},
+        "arrow": {"helped": none, "beyond": none, "lost": none, "known": none, "short": none[:4]},
     }
     result = Evaluation(tuple(table), ("ridge", "arrow"), table, table, {}, {})
     found = result.by_task()
@@ -153,10 +153,11 @@ def test_task_by_task() -> None:
         "beyond": "beyond the zoo: don't bother",  # one right answer of forty is luck
         "lost": "don't bother",  # something helps, and no router
         "known": "beyond the zoo: don't bother",
+        "short": "too few rows to tell",  # one of four may be luck, and may be a quarter
     }
     assert found["helped"]["router"] == "ridge" and found["helped"]["gain"] == 0.5 and found["helped"]["interval"][0] > 0.2
     assert found["lost"]["best"] == "best single" and found["lost"]["best_exact"] == 0.5
-    assert result.beyond == ("beyond", "known")
+    assert result.beyond == ("beyond", "known") and result.untold == ("short",)
     assert result.interval("ridge", "base", tasks=["helped"]) == result.interval("ridge", tasks=["helped"])
     narrow, wide = (result.interval("ridge", tasks=["helped"], level=level) for level in (0.5, 0.99))
     assert wide[0] < narrow[0] <= narrow[1] < wide[1]
