@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,17 @@ def plain(turns: Turns) -> str:
 
         Instruction: And in words?
         Response:
+
+    Raises:
+        UsageError: somebody answers whom nobody asked, or nobody asks at the end.
     """
+    roles = [role for role, _ in turns]
+    if roles[-1:] != ["user"] or any(role == "assistant" and before != "user" for before, role in pairwise(["", *roles])):
+        raise UsageError(
+            "These are no plain turns.",
+            "Each answer follows a user's message, and a user's message is the last.",
+            "Order them so.",
+        )
     blocks: list[str] = []
     for role, content in turns:
         if role == "assistant":
@@ -99,6 +110,18 @@ def plain(turns: Turns) -> str:
         else:
             blocks.append(content if role == "system" else f"{_ASKS} {content}\n{_ANSWERS}")
     return text.SEPARATOR.join(blocks)
+
+
+def unseen(model: RoutedModel) -> str:
+    """What to know before chatting through the base's template: that neither gates nor scores have seen it; "" where they have, or
+    where nobody can tell."""
+    facts = {} if model.router is None else model.router.facts.get("profile") or {}
+    if not model.tokenizer.chat_template or facts.get("chats", True):
+        return ""
+    return (
+        "the shots were plain prompts, and chats go through the base's chat template, a form in which nothing here was measured; "
+        "--plain writes them as `Instruction: … Response: …`, if the shots were so"
+    )
 
 
 class Chat:

@@ -105,6 +105,7 @@ class Profile:
             "own": {k: list(v) for k, v in self.own.items()},
             "owner": self.owner,
             "best_single": self.best_single,
+            "chats": any(shot.messages is not None for rows in self.shots.values() for shot in rows),
         }
 
     def to_json(self) -> dict[str, Any]:

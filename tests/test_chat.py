@@ -374,6 +374,49 @@ def test_in_a_terminal(quick: Path) -> None:
     assert "code" in re.sub(r"\x1b\[[\d;]*m", "", terminal.seen)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_keys_in_a_narrow_terminal(quick: Path) -> None:
+    """Tab completes commands and names, an arrow brings back what was typed, and a table is as wide as the terminal."""
+    import fcntl
+    import struct
+    import termios
+
+    pytest.importorskip("readline")
+    terminal = Terminal(command(quick, "--max-new-tokens", 3), COLUMNS="30", NO_COLOR="1")
+    fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 30, 0, 0))
+    terminal.read("› ")
+    terminal.send("/on\tpo\t\n")
+    terminal.read("poem answers")
+    terminal.read("› ")
+    terminal.send("שלום é\n")
+    assert "poem 100%" in terminal.read("› ")
+    terminal.send("/expl\t\n")
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.read("› "))  # bold it may be
+    assert "by layer" in shown and all(len(line) <= 30 for line in shown.replace("\r", "").split("\n"))
+    assert "\x1b[3" not in terminal.seen  # no colour
+    terminal.send("\x1b[A\x1b[A\x1b[A\n")
+    terminal.read("poem answers")
+    terminal.read("› ")
+    terminal.send("\x04")
+    assert terminal.leave() == 0 and "Traceback" not in terminal.seen
+
+
+def test_many_layers_fit_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, deciding: Path) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Screen()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    talk = Chat(recycler.load(deciding))
+    talk.last = Answer("x", (Piece("x", (0.9, 0.1, 0.0, 0.0)),), {str(n): (0.9, 0.1, 0.0, 0.0) for n in range(80)})
+    chat._Screen(talk.model.names).layers(talk)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines()
+    assert len(lines) == 4 and all(len(line) <= 40 for line in lines) and "▇▇▇▇▇▇▇▇" in lines[1]
+
+
 @pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], coloured: bool) -> None:
     """And nothing that a terminal would obey, whatever a model says and an adapter is called."""

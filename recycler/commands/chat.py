@@ -72,12 +72,12 @@ def chat_command(
       recycle chat model/ --only math-lora --system "Answer in one word."
       recycle chat model/ --temperature 0.7 --seed 1 < messages.txt > answers.txt
     """
-    from recycler.chatting import Chat
+    from recycler.chatting import Chat, unseen
     from recycler.composition import load
     from recycler.terminal import complain, say
 
     model = load(model_path, base=base, device=device, dtype=dtype)
-    for warning in model.warnings:
+    for warning in filter(None, [*model.warnings, "" if plain else unseen(model)]):
         say(f"warning: {warning}")
     chat = Chat(
         model, system=system, only=only_adapter, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
@@ -213,9 +213,11 @@ class _Screen:
             from recycler.commands.explain import blocks
 
             layers, shown = chat.last.layers.values(), order[:_ROWS]
-            lines = [[self.names[e], f"{shares[e]:.0%}", blocks([row[e] for row in layers])] for e in shown]
-            lines.append(["base", f"{abs(1 - sum(shares)):.0%}", blocks([1 - sum(row) for row in layers])])
-            table(["adapter", "share", "by layer, first to last"], lines, right=1)
+            room = self.out.width - max(map(len, ["adapter", *(self.names[e] for e in shown)])) - len("  share  ")
+            most = min(max(room, 8), 48)
+            lines = [[self.names[e], f"{shares[e]:.0%}", blocks([row[e] for row in layers], most)] for e in shown]
+            lines.append(["base", f"{abs(1 - sum(shares)):.0%}", blocks([1 - sum(row) for row in layers], most)])
+            table(["adapter", "share", "by layer, first to last" if most > 22 else "by layer"], lines, right=1)
             if len(order) > len(shown):
                 say(f"the {len(shown)} largest of {len(order)}")
             return
@@ -254,10 +256,12 @@ def _typed(names: Sequence[str]) -> Iterator[str]:
     with suppress(ImportError):
         import readline
 
-        words = [*(name.partition(" ")[0] for name in COMMANDS), *names]
+        commands = [name.partition(" ")[0] + (" " if " " in name else "") for name in COMMANDS]
 
         def complete(begun: str, number: int) -> str | None:
-            fitting = [word for word in words if word.startswith(begun)] if readline.get_line_buffer().startswith("/") else []
+            typed = readline.get_line_buffer()
+            words = names if typed.startswith("/only ") else commands if typed.startswith("/") else []
+            fitting = [word for word in words if word.startswith(begun)]
             return fitting[number] if number < len(fitting) else None
 
         readline.set_completer_delims(" ")

@@ -32,22 +32,24 @@ from recycler.zoo.errors import UsageError, counted
 @click.option(
     "--resident", metavar="SIZE", help="Memory for adapters, 2GB say: they stay on disk and are read as they are wanted."
 )
+@click.option("--plain", is_flag=True, help="Chats as `Instruction: … Response: …`, even where the base has a chat template.")
 @with_base
 @on_device
 def serve_command(
     model_path: str, host: str, port: int, name: str | None, api_key: str | None, max_active: int, max_queue: int, max_tokens: int,
-    max_request_bytes: int, cache_tokens: int, resident: str | None, base: str | None, device: str | None, dtype: str,
+    max_request_bytes: int, cache_tokens: int, resident: str | None, plain: bool, base: str | None, device: str | None, dtype: str,
 ) -> None:  # fmt: skip
     """Serve a composed model behind OpenAI's API: completions, chats, streams.
 
     The routed model, every adapter alone, and `base` are models of their own; requests for any of them share batches. A body may
     say `"recycle": {"mixture": {"math": 0.7, "code": 0.3}}`, and `usage.recycle` says who answered. /health and /metrics say how
-    it goes. Prints its address once it listens; SIGTERM finishes what runs.
+    it goes. Prints its address once it listens; SIGTERM finishes what runs, and a second one cuts it short.
 
     \b
     Examples:
       recycle serve model/
       recycle serve model/ --port 8080 --max-active 16 --max-queue 32
+      recycle serve model/ --plain
       RECYCLE_API_KEY=... recycle serve model/ --host 0.0.0.0
     """
     missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]
@@ -63,6 +65,7 @@ def serve_command(
 
     from pathlib import Path
 
+    from recycler.chatting import unseen
     from recycler.composition import load
     from recycler.serving.door import is_loopback
     from recycler.serving.server import bind, serve, url
@@ -74,11 +77,11 @@ def serve_command(
     if api_key is None and not is_loopback(host):
         say(f"warning: {host} can be reached from elsewhere, and there is no API key")
     model = load(model_path, base=base, resident=resident, device=device, dtype=dtype)
-    for warning in model.warnings:
+    for warning in filter(None, [*model.warnings, "" if plain else unseen(model)]):
         say(f"warning: {warning}")
     limits = Limits(active=max_active, queue=max_queue, cache_tokens=cache_tokens)
     settings = Settings(
-        name=name or Path(model_path).resolve().name, host=host, api_key=api_key, max_tokens=max_tokens,
+        name=name or Path(model_path).resolve().name, host=host, api_key=api_key, max_tokens=max_tokens, plain=plain,
         max_request_bytes=max_request_bytes, limits=limits,
     )  # fmt: skip
     service = Service(model, settings)

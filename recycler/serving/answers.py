@@ -1,7 +1,7 @@
 """Answers as OpenAI's clients read them: whole bodies and streamed chunks, of completions and of chats.
 
-``usage.recycle`` is this server's own: adapter → its mean weight over the tokens of the request, prompt included; parts below a
-thousandth are left out.
+``usage.recycle`` is this server's own: adapter → its mean weight over the tokens of the request, prompt included, the largest first;
+of hundreds the last ones are left out that have less than a thousandth together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recycler.serving.jobs import Job, Piece, Scored
 
 Spell = Callable[[int], str]  # a token's own text
 
-LEAST = 1e-3  # hundreds of adapters have a part that is smaller
+LEAST = 1e-3
 
 
 @dataclass
@@ -46,12 +46,16 @@ def usage(jobs: Sequence[Job], times: int = 1) -> dict[str, Any]:
     for job, weight in zip(jobs, weights, strict=True):
         for name, part in job.share.items():
             share[name] = share.get(name, 0.0) + part * weight / sum(weights)
-    share = dict(sorted(share.items(), key=lambda item: -abs(item[1])))
+    shown, left = {}, sum(map(abs, share.values()))
+    for name, part in sorted(share.items(), key=lambda item: -abs(item[1])):
+        if left < LEAST:
+            break
+        shown[name], left = round(part, 6), left - abs(part)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": made,
         "total_tokens": prompt + made,
-        "recycle": {name: round(part, 6) for name, part in share.items() if abs(part) >= LEAST},
+        "recycle": shown,
     }
 
 

@@ -34,12 +34,14 @@ def make_app(service: Service) -> FastAPI:
         finally:
             await asyncio.get_running_loop().run_in_executor(None, service.stop)
 
-    app = FastAPI(title="recycle serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="recycle serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     errors.install(app)
     app.add_middleware(Door, service=service)
     began = int(time.time())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         found = service.health()
         return JSONResponse(found, 200 if found["status"] == "ok" else 503)
@@ -205,6 +207,10 @@ class Stream(Response):
     async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
         exchange, form = self.exchange, self.exchange.form
         envelope = answers.envelope(form, exchange.name, streamed=True)
+        options = exchange.body.stream_options
+        counted = options is not None and options.include_usage
+        if counted:
+            envelope["usage"] = None
         for number in range(len(exchange.jobs)):
             opening = form.opening(number)
             if opening is not None:
@@ -212,8 +218,7 @@ class Stream(Response):
         async for number, event in _after(self.first, self.events):
             choice = form.delta(number, event) if isinstance(event, Piece) else form.closing(number, event.reason)
             yield {**envelope, "choices": [choice]}
-        options = exchange.body.stream_options
-        if options is not None and options.include_usage:
+        if counted:
             yield {**envelope, "choices": [], "usage": exchange.usage}
 
 

@@ -1,12 +1,15 @@
-"""What every request passes before it is read: is it for this host, from somebody with the key, of a bearable size, and while the
-server takes requests? And what is counted when it is answered."""
+"""What every request passes before it is read: is it for this host, from somebody with the key, of a bearable size, sent in a bearable
+time, and while the server takes requests? And what is counted when it is answered."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from collections.abc import Iterable
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from recycler.serving.errors import ApiError
 from recycler.serving.service import Service
@@ -37,11 +40,12 @@ class Door:
         try:
             try:
                 self._check(scope)
-                await self._check_length(scope, receive)
             except ApiError as error:
                 await error.response()(scope, receive, counting)
             else:
                 await self.app(scope, self._limited(receive), counting)
+        except ClientDisconnect:  # in the middle of its body
+            scope[LEFT] = True
         finally:
             self.service.metrics.counted(scope["path"], 499 if scope.get(LEFT) else status)
 
@@ -58,6 +62,9 @@ class Door:
         if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             what = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
             raise ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > READ_ON:
+            raise self._too_large(connection="close")
         if scope["method"] == "POST":
             if self.service.draining:
                 raise ApiError(503, "The server is shutting down.", code="draining", headers={"retry-after": "5"})
@@ -65,37 +72,37 @@ class Door:
                 # What browsers send to strangers' servers without asking is of other types.
                 raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", code="content_type")
 
-    async def _check_length(self, scope: Any, receive: Any) -> None:
-        length = dict(_headers(scope)).get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self.service.settings.max_request_bytes:
-            await _discard(receive)
-            raise self._too_large()
-
     def _limited(self, receive: Any) -> Any:
-        left = self.service.settings.max_request_bytes
+        """`receive`, under which a body is neither too large nor too slow."""
+        settings, loop = self.service.settings, asyncio.get_running_loop()
+        ends, read, whole = loop.time() + settings.body_seconds, 0, False
+
+        async def part() -> Any:
+            nonlocal read, whole
+            try:
+                message = await asyncio.wait_for(receive(), ends - loop.time())
+            except asyncio.TimeoutError:
+                what = f"The body did not come within {settings.body_seconds:g} seconds."
+                raise ApiError(408, what, code="too_slow", headers={"connection": "close"}) from None
+            read += len(message.get("body", b""))
+            whole = not message.get("more_body")
+            return message
 
         async def limited() -> Any:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                await _discard(receive)
+            if whole:  # what comes now is that the client leaves
+                return await receive()
+            message = await part()
+            if read > settings.max_request_bytes:
+                while not whole and read < READ_ON:
+                    await part()
                 raise self._too_large()
             return message
 
         return limited
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"A body has at most {self.service.settings.max_request_bytes} bytes.", code="too_large")
-
-
-async def _discard(receive: Any) -> None:
-    read = 0
-    while read < READ_ON:
-        message = await receive()
-        read += len(message.get("body", b""))
-        if not message.get("more_body"):
-            return
+    def _too_large(self, **headers: str) -> ApiError:
+        what = f"A body has at most {self.service.settings.max_request_bytes} bytes."
+        return ApiError(413, what, code="too_large", headers=headers)
 
 
 def _headers(scope: Any) -> Iterable[tuple[str, str]]:

@@ -52,7 +52,9 @@ def of(error: Exception) -> ApiError:
     if isinstance(error, RecycleError):
         return ApiError(400, str(error), code=error.code)
     if isinstance(error, HTTPException):
-        what = "There is nothing here; the API is under /v1." if error.status_code == 404 else str(error.detail)
+        allowed = {name.lower(): value for name, value in (error.headers or {}).items()}.get("allow", "another method")
+        said = {404: "There is nothing here; the API is under /v1.", 405: f"Here it is {allowed}."}
+        what = said.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, what, headers=error.headers)
     return ApiError(500, "The answer could not be computed; the server's log says more.")
 

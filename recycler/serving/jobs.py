@@ -92,6 +92,7 @@ class Job:
         mixture: adapter → weight; empty for the base, None to let the router decide.
         logprobs: how many of the likeliest tokens to report beside each; None for no log-probabilities.
         task: for a router that wants to be told (`oracle`).
+        strip: leave out the space that the text begins with.
         made: the tokens so far, the end token included.
         share: adapter → its mean weight over the tokens that were run; filled at the end.
     """
@@ -106,6 +107,7 @@ class Job:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     task: str | None = None
+    strip: bool = False
     made: list[int] = field(default_factory=list)
     share: Mapping[str, float] = field(default_factory=dict)
     done: bool = False
@@ -120,6 +122,11 @@ class Job:
         self._begin, self._read = 0, 0  # tokens: where decoding begins, and up to where it gave whole characters
 
     # -- tokens
+
+    @property
+    def lane(self) -> tuple[str, ...] | None:
+        """Whose model it asks for."""
+        return None if self.mixture is None else tuple(sorted(self.mixture))
 
     @property
     def plain(self) -> bool:
@@ -204,6 +211,9 @@ class Job:
 
     def _release(self, upto: int) -> None:
         text = self._text[self._out : upto]
+        if self.strip:
+            text = text.lstrip()
+            self.strip = not text
         self._out = max(self._out, upto)
         ended = self.done and self.reason != "stop"
         scored = [one for one in self._held if one.offset < self._out or ended]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from recycler.serving.worker import Worker
 
@@ -19,6 +27,7 @@ class Metrics:
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, file descriptors; on Linux
         self.requests = Counter(
             "recycle_requests", "Requests by endpoint and status; 499 where the client left.", ["endpoint", "status"],
             registry=self.registry,

@@ -1,16 +1,54 @@
 """What may be asked: OpenAI's two bodies, as far as they are served, and `recycle` beside them.
 
-A field that is not known is refused and not ignored, and so is one that would have to be. Fields that only say who asks are read over.
+A field that is not known is refused and not ignored, and so is one that would have to be, unless it says what holds anyway: clients
+send back messages as they got them, with a null in every field. Fields that only say who asks are read over.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-NOT_SERVED = ("suffix", "logit_bias", "tools", "tool_choice", "functions", "function_call")
+
+def _not_served(value: Any) -> Any:
+    if value not in (None, "", {}, [], "none", "auto", ["text"]):
+        raise ValueError("this is not served; leave it out")
+    return value
+
+
+NotServed = Annotated[Any, AfterValidator(_not_served)]
+
+
+def _either(what: str) -> WrapValidator:
+    """One sentence where a union would list what is wrong with each of its members."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"give {what}") from None
+
+    return WrapValidator(check)
+
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Stops = Annotated[
+    Union[_Stop, Annotated[list[_Stop], Field(max_length=16)], None],  # noqa: UP007  (a runtime alias)
+    _either("a text of 1 to 200 characters, or at most 16 of them"),
+]
 
 
 class _Body(BaseModel):
@@ -46,19 +84,25 @@ class Request(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=64)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     recycle: Recycle | None = None
 
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    suffix: Any = None
-    logit_bias: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
+    suffix: NotServed = None
+    logit_bias: NotServed = None
+    tools: NotServed = None
+    tool_choice: NotServed = None
+    functions: NotServed = None
+    function_call: NotServed = None
+    modalities: NotServed = None
+    audio: NotServed = None
+    prediction: NotServed = None
+    reasoning_effort: NotServed = None
+    verbosity: NotServed = None
+    web_search_options: NotServed = None
 
     user: Any = None
     metadata: Any = None
@@ -66,19 +110,13 @@ class Request(_Body):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
     def _no_penalty(cls, value: float | None) -> float | None:
         if value:
             raise ValueError("penalties are not served; leave it out")
-        return value
-
-    @field_validator(*NOT_SERVED)
-    @classmethod
-    def _not_served(cls, value: Any) -> Any:
-        if value not in (None, "", {}, [], "none", "auto"):
-            raise ValueError("this is not served; leave it out")
         return value
 
     @model_validator(mode="after")
@@ -93,10 +131,14 @@ class Request(_Body):
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Prompt = Annotated[
+    Union[str, Annotated[list[str], Field(min_length=1)], list[Token], list[list[Token]]],  # noqa: UP007  (a runtime alias)
+    _either("a text, texts, a prompt's token ids, or lists of them"),
+]
 
 
 class CompletionRequest(Request):
-    prompt: str | Annotated[list[str], Field(min_length=1)] | list[Token] | list[list[Token]]
+    prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     best_of: int | None = None
@@ -118,10 +160,22 @@ class Part(_Body):
     text: str
 
 
+Content = Annotated[
+    Union[str, list[Part]],  # noqa: UP007  (a runtime alias)
+    _either('a text, or parts {"type": "text", "text": ...}'),
+]
+
+
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
+    refusal: NotServed = None
+    tool_calls: NotServed = None
+    tool_call_id: NotServed = None
+    function_call: NotServed = None
+    audio: NotServed = None
+    annotations: NotServed = None
 
     def turn(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

@@ -1,6 +1,7 @@
 """The process: a socket, uvicorn, and an end that loses nothing.
 
-SIGTERM, or Ctrl-C, drains: what is new gets 503, what runs is finished, then the process exits with 0. A second one ends at once.
+SIGTERM, or Ctrl-C, drains: what is new gets 503, what runs is finished, then the process exits with 0. A second one cuts short what
+runs, which is told so.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import uvicorn
 
 from recycler.serving.app import make_app
+from recycler.serving.errors import ApiError
 from recycler.serving.service import Service
-from recycler.zoo.errors import RecycleError, UsageError
+from recycler.serving.wire import Wire
+from recycler.zoo.errors import PartialError, RecycleError, UsageError, counted
 
 LAST_BYTES = 5  # seconds that clients have to read what is ready
 
@@ -49,6 +52,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, *, log_level: str = "warning") -> None:
         config = uvicorn.Config(
             make_app(service),
+            http=Wire,
             log_level=log_level,
             access_log=False,
             server_header=False,
@@ -57,16 +61,25 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.service = service
+        self.cut = 0  # answers that were not finished
+        self._signals = 0
         self._idle = 0  # ticks
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.draining:
-            super().handle_exit(sig, frame)
+        # Nothing that takes a lock: whom this interrupts may hold it.
+        self._signals += 1
         self.service.draining = True
+        if self._signals > 2:
+            super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
-        if not (self.service.draining and self.service.worker.idle):
+        worker = self.service.worker
+        if self._signals > 1 and not worker.idle:
+            self.cut += worker.fail_all(ApiError(503, "The server was stopped.", code="stopped"))
+        elif not worker.alive and not worker.idle:  # whom nobody will answer
+            worker.fail_all(self.service.dead())
+        if not (self.service.draining and worker.idle):
             return ends
         self._idle += 1
         # Requests are tasks until their last byte is out; a client that does not read is not waited for.
@@ -78,9 +91,13 @@ def serve(service: Service, bound: socket.socket) -> None:
     """Serves on a socket that listens, until told to stop.
 
     Raises:
-        RecycleError: the model's thread ended by itself.
+        RecycleError: the model's thread ended by itself. PartialError: answers were cut short.
     """
     server: Any = Server(service)
     server.run(sockets=[bound])
+    if server.cut:
+        raise PartialError(
+            f"{counted(server.cut, 'answer')} cut short.", "A second signal came.", "One alone lets them finish."
+        )
     if not service.draining:
         raise RecycleError("The server ended.", "Its log says why.", "Start it again.")

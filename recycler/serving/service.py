@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from recycler.chatting import STOP, plain
 from recycler.serving import schema
 from recycler.serving.errors import ApiError
 from recycler.serving.jobs import Event, Job, Sampling
@@ -30,15 +31,19 @@ class Settings:
         name: the routed model's, in `/v1/models`.
         host: what it is bound to; on a loopback address, requests for other hosts are refused.
         api_key: what clients must send; None for nothing.
-        max_tokens: of one answer. max_request_bytes: of one body. max_answers: to one request, prompts times n.
+        plain: chats are written as plain turns (`recycler.chatting.plain`), even where the base has a chat template.
+        max_tokens: of one answer. max_request_bytes: of one body, and body_seconds that it may take to come.
+        max_answers: to one request, prompts times n.
         limits: the worker's.
     """
 
     name: str = "routed"
     host: str = "127.0.0.1"
     api_key: str | None = field(default=None, repr=False)
+    plain: bool = False
     max_tokens: int = 1024
     max_request_bytes: int = 1 << 20
+    body_seconds: float = 60
     max_answers: int = 64
     limits: Limits = field(default_factory=Limits)
 
@@ -99,6 +104,11 @@ class Service:
     def models(self) -> list[str]:
         return [self.settings.name, *self.names, BASE]
 
+    @property
+    def chats(self) -> str:
+        """How messages are written out: "plain", "template", or "" where they cannot be."""
+        return "plain" if self.settings.plain else "template" if self.tokenizer.chat_template else ""
+
     def kind(self, name: str) -> str:
         """What a model of this name is: one label for hundreds of adapters."""
         return "routed" if name == self.settings.name else BASE if name == BASE else "adapter"
@@ -112,6 +122,7 @@ class Service:
             "status": status, "model": self.settings.name, "router": None if router is None else router.method(),
             "adapters": len(self.names), "batching": worker.batching, **why, "active": len(worker.running),
             "queue": len(worker.waiting), "context": self.context, "max_tokens": self.settings.max_tokens,
+            "chats": self.chats or None,
         }  # fmt: skip
 
     # -- what is asked
@@ -174,12 +185,14 @@ class Service:
     def _chat(self, body: schema.ChatRequest) -> list[int]:
         from jinja2 import TemplateError
 
+        turns = [message.turn() for message in body.messages]
+        if self.settings.plain:
+            said = plain([("system" if turn["role"] == "developer" else turn["role"], turn["content"]) for turn in turns])
+            return list(self.tokenizer(said).input_ids)
         if not self.tokenizer.chat_template:
-            raise ApiError(
-                400, "This base has no chat template. Use /v1/completions.", param="messages", code="no_chat_template"
-            )
+            what = "This base has no chat template. Use /v1/completions, or start the server with --plain."
+            raise ApiError(400, what, param="messages", code="no_chat_template")
         try:
-            turns = [message.turn() for message in body.messages]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ApiError(400, f"The chat template refuses these messages: {error}", param="messages") from error
@@ -202,7 +215,8 @@ class Service:
             raise ApiError(
                 400, f"This asks for {len(prompts) * times} answers; {self.settings.max_answers} at most.", param="n"
             )
-        seed = body.seed
+        seed, plain_turns = body.seed, self.settings.plain and isinstance(body, schema.ChatRequest)
+        stops = (*body.stops, *((f"\n{STOP}", STOP) if plain_turns else ()))
         made = []
         for number in range(len(prompts) * times):
             ids = prompts[number // times]
@@ -213,8 +227,8 @@ class Service:
             )
             made.append(
                 Job(
-                    ids, self.spelling, self.ends, _numbered(emit, number), self._room(body, len(ids)), mixture, sampling, body.stops,
-                    body.top, None if body.recycle is None else body.recycle.task,
+                    ids, self.spelling, self.ends, _numbered(emit, number), self._room(body, len(ids)), mixture, sampling, stops,
+                    body.top, None if body.recycle is None else body.recycle.task, strip=plain_turns,
                 )
             )  # fmt: skip
         return made
@@ -250,13 +264,17 @@ class Service:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"retry-after": "5"})
         if not self.worker.alive:
-            raise ApiError(503, "The model's thread has ended; the server must be started again.", code="failed")
+            raise self.dead()
         try:
             self.worker.submit(jobs)
         except Full as error:
             raise ApiError(
                 429, "As many requests wait as may. Try again later.", code="queue_full", headers={"retry-after": "1"}
             ) from error
+
+    @staticmethod
+    def dead() -> ApiError:
+        return ApiError(503, "The model's thread has ended; the server must be started again.", code="failed")
 
 
 def _numbered(emit: Callable[[int, Event], None], number: int) -> Callable[[Event], None]:

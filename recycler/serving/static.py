@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from recycler.routed import Firing
 from recycler.serving.jobs import Job, Picks
 from recycler.serving.packed import share
-from recycler.serving.worker import Limits, Worker, log
+from recycler.serving.worker import STOPPED, Limits, Worker, log
 
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
@@ -42,12 +42,8 @@ class Static(Worker):
     def stop(self) -> None:
         with self._work:
             self._closing = True
-            left = [*self.waiting, *self.running.values()]
-            self.waiting.clear()
-            self.running.clear()
             self._work.notify()
-        for job in left:
-            job.fail(RuntimeError("the server stopped"))
+        self.fail_all(STOPPED)
         self._thread.join()
 
     @property
@@ -68,10 +64,7 @@ class Static(Worker):
                 if self._closing:
                     return
                 routed = self.waiting[0].mixture is None
-                jobs = [job for job in self.waiting if (job.mixture is None) == routed][: self.limits.active]
-                for job in jobs:
-                    self.waiting.remove(job)
-                self.running |= {job.name: job for job in jobs}
+                jobs = self.taken(self.limits.active, lambda job, routed=routed: (job.mixture is None) == routed)  # type: ignore[misc]
             try:
                 self._answer(jobs, routed)
             except Exception as error:

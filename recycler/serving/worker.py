@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-from recycler.serving import packed
+from recycler.serving import packed, turns
 from recycler.serving.jobs import Job, Picks
 from recycler.zoo.errors import InputError
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PAGE = 32  # tokens
 
 log = logging.getLogger("recycler.serving")
+
+
+STOPPED = RuntimeError("the server stopped")
 
 
 class Full(Exception):
@@ -125,6 +128,34 @@ class Worker(ABC):
             if held is not None:
                 self.abandon(job)
 
+    def taken(self, room: int, wanted: Callable[[Job], bool] = lambda job: True) -> list[Job]:
+        """Up to `room` of the waiting jobs, which run from now on. Next is always the first of those of whose model the fewest run:
+        a flood of requests for one leaves room for the others. Under the lock.
+        """
+        lanes = Counter(job.lane for job in self.running.values())
+        new: list[Job] = []
+        while len(new) < room:
+            job = min(filter(wanted, self.waiting), key=lambda job: lanes[job.lane], default=None)
+            if job is None:
+                break
+            self.waiting.remove(job)
+            lanes[job.lane] += 1
+            new.append(job)
+        self.running |= {job.name: job for job in new}
+        return new
+
+    def fail_all(self, error: Exception) -> int:
+        """Fails all jobs, and says how many."""
+        with self.lock:
+            waiting, running = list(self.waiting), list(self.running.values())
+            self.waiting.clear()
+            self.running.clear()
+        for job in [*waiting, *running]:
+            job.fail(error)
+        for job in running:
+            self.abandon(job)
+        return len(waiting) + len(running)
+
     def finish(self, job: Job, share: Mapping[str, float]) -> None:
         """A job has all its tokens."""
         with self.lock:
@@ -156,7 +187,7 @@ class Continuous(Worker):
         pages = -(-limits.cache_tokens // PAGE)
         config = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=pages, max_batch_tokens=max(limits.batch_tokens, limits.active),
-            max_requests_per_batch=limits.active, auto_switch_to_flash=False,
+            max_requests_per_batch=limits.active, auto_switch_to_flash=False, scheduler_type=turns.NAME,
         )  # fmt: skip
         attention = model.base.config._attn_implementation
         try:
@@ -176,6 +207,7 @@ class Continuous(Worker):
         self.manager.start()
 
     def stop(self) -> None:
+        self.fail_all(STOPPED)
         self.manager.stop(hard_stop=True)
         self.manager.destroy()
         self.mixtures.release()
@@ -195,7 +227,17 @@ class Continuous(Worker):
 
     def _guard(self, processor: Any) -> None:
         """Admits jobs before each step, and lets an error end the jobs that it hit and nothing else."""
-        prepare, step, inputs = processor.prepare_next_batch, processor._generation_step, processor.inputs_and_outputs
+        prepare, step, update, inputs = (
+            processor.prepare_next_batch, processor._generation_step, processor.update_batch, processor.inputs_and_outputs,
+        )  # fmt: skip
+
+        def drop(error: Exception) -> None:
+            """Where nobody can say whose fault it was."""
+            processor.fail_all_requests(error)
+            with self.lock:
+                left = list(self.running.values())
+            for job in left:
+                self.fail(job, error)
 
         def prepared() -> bool:
             try:
@@ -203,9 +245,7 @@ class Continuous(Worker):
                 return bool(prepare())
             except Exception as error:
                 log.exception("a batch could not be prepared")
-                processor.fail_all_requests(error)
-                for job in list(self.running.values()):
-                    self.fail(job, error)
+                drop(error)
                 return False
 
         def stepped(model: Any) -> None:
@@ -216,15 +256,20 @@ class Continuous(Worker):
                 processor.handle_batch_error(error)
                 inputs.requests_in_batch = []
 
-        processor.prepare_next_batch, processor._generation_step = prepared, stepped
+        def updated() -> None:
+            try:
+                update()
+            except Exception as error:
+                log.exception("a batch could not be read")
+                drop(error)
+
+        processor.prepare_next_batch, processor._generation_step, processor.update_batch = prepared, stepped, updated
 
     def _admit(self) -> None:
         while self._left:
             self.mixtures.forget(self._left.popleft())
         with self.lock:
-            room = self.limits.active - len(self.running)
-            new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
-            self.running |= {job.name: job for job in new}
+            new = self.taken(self.limits.active - len(self.running))
         for job, row_E in self._decided(new):
             self.mixtures.rows[job.name] = row_E
             self.manager.add_request(
