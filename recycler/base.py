@@ -63,7 +63,7 @@ class Base:
 def load_base(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     device_map: Any = None,
     revision: str | None = None,
@@ -72,7 +72,7 @@ def load_base(
 
     Args:
         name: a Hub id or a folder.
-        dtype: "auto" (as stored), or a torch dtype's name.
+        dtype: "auto" (as stored), or a torch dtype or its name.
         device: moved there after loading; by default CUDA when there is a device, else the CPU.
         device_map: given to transformers as is; then `device` must be None.
 
@@ -83,6 +83,7 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    dtype = str(dtype).removeprefix("torch.")
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(
             f"There is no dtype {dtype!r} to load a base in.", "", "Use auto, float32, bfloat16 or float16.", code="E_DEVICE"
@@ -248,11 +249,11 @@ def _explained(name: str) -> Iterator[None]:
                 "Give the folder that holds config.json and the weights.",
                 code="E_BASE",
             ) from error
-        raise HubError(
-            f"The base {name} cannot be had.",
-            _first_line(error),
-            _HAD,
-        ) from error
+        from recycler.zoo import hub_errors
+
+        known = hub_errors.explain(name, None, error)  # gated, not there, offline: each has its code
+        why = f"{known.what} {known.why}" if known else _first_line(error)
+        raise HubError(f"The base {name} cannot be had.", why, _HAD, code=known.code if known else None) from error
     except (ValueError, KeyError) as error:
         raise InputError(
             f"{name} is not a base that can be used.",

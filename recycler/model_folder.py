@@ -12,14 +12,13 @@ or pulls one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from recycler.truncation import Truncation
 from recycler.zoo import inspect
-from recycler.zoo.errors import InputError
+from recycler.zoo.documents import read_document
 from recycler.zoo.manifest import check_name
 
 SCHEMA_VERSION = 1
@@ -54,26 +53,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, it cannot be read, or it is newer than this version.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-        newer = manifest["schema_version"] > SCHEMA_VERSION
-        manifest["base"]["id"]
-        for record in manifest["adapters"]:
-            record["source"], record["revision"], record["sha256"]
-            check_name(record["name"])  # names become paths
-        cut = {record["name"]: record["truncated"] for record in manifest["adapters"] if "truncated" in record}
-        manifest["truncated"] = {name: Truncation.from_json(facts) for name, facts in cut.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{folder} is not a composed model.",
-            f"There is no {MANIFEST} in it.",
-            "Make one: recycle compose --router DIR --out DIR",
-            code="E_MODEL",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / MANIFEST} cannot be read ({error}).", "", "Compose the model again.", code="E_MODEL"
-        ) from None
-    if newer:
-        raise InputError(f"{folder} was composed by a newer version.", "", "Upgrade recycler.", code="E_NEWER")
-    return manifest
+    return read_document(
+        folder / MANIFEST,
+        SCHEMA_VERSION,
+        _check,
+        what="a composed model",
+        make="Make one: recycle compose --router DIR --out DIR",
+        again="Compose the model again.",
+        code="E_MODEL",
+    )
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    manifest["base"]["id"]
+    for record in manifest["adapters"]:
+        record["source"], record["revision"], record["sha256"]
+        check_name(record["name"])  # names become paths
+    cut = {record["name"]: record["truncated"] for record in manifest["adapters"] if "truncated" in record}
+    manifest["truncated"] = {name: Truncation.from_json(facts) for name, facts in cut.items()}

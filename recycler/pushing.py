@@ -8,14 +8,15 @@ interrupted push leaves the repository as it was, and the same push goes on with
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recycler.card import record_evaluation
 from recycler.model_folder import CARD, MANIFEST, belongs
+from recycler.parallel import run_all
 from recycler.publishing import Public, check_licences, publish
 from recycler.zoo.errors import HubError, UsageError, counted, shorten
 from recycler.zoo.hub_writing import There, Writer, refusal
@@ -25,6 +26,8 @@ from recycler.zoo.match import is_hub_id
 if TYPE_CHECKING:
     from recycler.evaluation import Evaluation
     from recycler.routed import RoutedModel
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 _EMPTY = {".gitattributes"}  # what the Hub puts into a new repository
@@ -149,8 +152,24 @@ def push(
         return Pushed(repo_id, url, None, None, True, sizes, removed, tuple(notes), public.card)
     message = commit_message or f"{counted(len(names), 'adapter')}, routed by {public.manifest['router']}"
     parent = hub.prepare(there, revision, private=private, create_pr=create_pr)
-    commit, pull_request = hub.commit(public.files, removed, message, revision, parent, create_pr=create_pr)
+    commit, pull_request = _interruptible(
+        lambda: hub.commit(public.files, removed, message, revision, parent, create_pr=create_pr)
+    )
     return Pushed(repo_id, url, commit, pull_request, commit != parent, sizes, removed, tuple(notes), public.card)
+
+
+def _interruptible(call: Callable[[], T]) -> T:
+    """Runs `call` in a thread. The client waits for threads of its own, deaf to Ctrl-C until all files are sent, and would make the
+    commit then; in a thread that is told to end it makes no further request."""
+    results: list[T] = []
+
+    def done(number: int, outcome: T | Exception) -> None:
+        if isinstance(outcome, Exception):
+            raise outcome
+        results.append(outcome)
+
+    run_all([lambda tell: call()], 1, done, lambda *what: None)
+    return results[0]
 
 
 @contextmanager

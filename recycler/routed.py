@@ -40,6 +40,13 @@ def _named(args: Sequence[Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return inputs if ids is None else {"input_ids": ids, **inputs}
 
 
+def _known_to_transformers() -> None:
+    """A pipeline warns of whatever is not in this table, with all of it; the trainer reads in it how labels are shifted."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TABLE
+
+    TABLE.setdefault("recycler", RoutedModel.__name__)
+
+
 def _require(router: Router, names: tuple[str, ...]) -> None:
     if router.adapters != names:
         raise UsageError(
@@ -136,6 +143,7 @@ class RoutedModel(nn.Module):
         spare: int | None = None,
     ) -> None:
         super().__init__()
+        _known_to_transformers()
         self.source, self.adapters, self.router = base, tuple(adapters), router
         self.base, self.tokenizer = base.model, base.tokenizer
         self.folders: dict[str, Path] = {}  # where each adapter's files lie

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import json
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recycler.routers.base import SCHEMA_VERSION, Router
 from recycler.zoo import formats
+from recycler.zoo.documents import read_document
 from recycler.zoo.errors import InputError, UsageError, choices
 
 
@@ -79,28 +79,16 @@ def load_router(folder: str | Path) -> Router:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "router.json").read_text(encoding="utf8"))
-        version, name = manifest["schema_version"], manifest["method"]
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no router.",
-            "There is no router.json in it.",
-            "Build one: recycle build-router METHOD --out DIR",
-            code="E_ROUTER",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}/router.json cannot be read ({error}).", "", "Build the router again.", code="E_ROUTER"
-        ) from None
-    if version > SCHEMA_VERSION:
-        raise InputError(
-            f"{folder} was written with router schema {version}.",
-            f"This version reads up to {SCHEMA_VERSION}.",
-            "Upgrade recycler.",
-            code="E_NEWER",
-        )
-    cls = find(name)
+    manifest = read_document(
+        folder / "router.json",
+        SCHEMA_VERSION,
+        lambda said: [said[key] for key in ("method", "adapters", "config")],
+        what="a router",
+        make="Build one: recycle build-router METHOD --out DIR",
+        again="Build the router again.",
+        code="E_ROUTER",
+    )
+    cls = find(manifest["method"])
     router: Router = cls(manifest["adapters"], make_config(cls, manifest["config"]))
     router.report = manifest.get("report", {})
     own = {"schema_version", "method", "adapters", "config", "report"}

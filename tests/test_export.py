@@ -129,6 +129,21 @@ def test_a_mixture_of_plain_adapters_has_the_sum_of_their_ranks(routed: RoutedMo
     assert found.kl > 1e-3 and said["prompts"] == 2 and any("the routed model" in line for line in done.lines())
 
 
+def test_ranks_add_up_to_no_more_than_a_linear_has(llama: Pico, tmp_path: Path) -> None:
+    """As of hundreds of adapters: nothing is lost, and the file is no larger than need be."""
+    wide = {"r": 24, "lora_alpha": 24, "target_modules": ["q_proj"]}
+    zoo = recycler.Zoo(tmp_path / "zoo")
+    for name in ("one", "two", "three"):
+        recycler.fetch([pico.make_adapter(llama.base, name, wide, tmp_path)], base=llama.base, zoo=zoo).raise_for_failures()
+    model = recycler.compose(zoo, recycler.build_router("uniform", zoo=zoo))
+    done = recycler.export(model, "peft", tmp_path / "out")
+    assert done.facts["ranks"] == [32, 32] and "cut" not in done.facts  # 72 in all, of a linear of 32 × 32
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    assert done.facts["bytes"] == weights.stat().st_size
+    assert f"one adapter of rank 32, {weights.stat().st_size / 1e6:.1f} MB" in done.lines()
+    same(logits(in_peft(llama.base, tmp_path / "out")), logits(model))
+
+
 @pytest.mark.parametrize("names", [("tilt", "math"), ("tilt", "poem"), ("tilt", "poem", "law", "code")])
 def test_biases_alone_and_beside_dora(routed: RoutedModel, llama: Pico, tmp_path: Path, names: tuple[str, ...]) -> None:
     """No adapter format has both, so that DoRA's part becomes plain, at full rank."""
@@ -188,6 +203,10 @@ def test_merged_weights_are_a_model_of_their_own(world: Pico, tmp_path: Path) ->
     assert kept == json.loads((world.base / "tokenizer.json").read_text())
 
 
+def routed_in_fp32(zoo: recycler.Zoo) -> RoutedModel:
+    return recycler.compose(zoo, recycler.build_router("arrow", zoo=zoo, adapters=["math"]))
+
+
 def test_merging_rounds_once_to_the_bases_dtype(llama: Pico, zoo: recycler.Zoo, tmp_path: Path) -> None:
     base = load_base(str(llama.base), dtype="bfloat16")
     model = recycler.compose(zoo, recycler.build_router("arrow", zoo=zoo, adapters=PLAIN), base=base)
@@ -200,6 +219,15 @@ def test_merging_rounds_once_to_the_bases_dtype(llama: Pico, zoo: recycler.Zoo, 
     assert torch.equal(written[f"{site}.weight"], exact.to(torch.bfloat16))
     untouched = "model.layers.1.input_layernorm.weight"
     assert torch.equal(written[untouched], base.model.state_dict()[untouched])
+    # What that does to the update is measured, and said; and the weights are the base's too, with a licence of its own.
+    lost = exact.to(torch.bfloat16).double() - exact
+    rounding, update = done.facts["rounding"], factors.b_OR.double() @ factors.a_RD.double()
+    assert 0 < rounding["error"] <= rounding["worst"][1] and float(lost.norm() / update.norm()) <= rounding["worst"][1] * 1.001
+    assert any(line.startswith("rounded to bfloat16: ΔW with a relative error of ") for line in done.lines())
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "- rounding to bfloat16: " in readme and "license: mit" not in readme
+    whole = recycler.export(routed_in_fp32(zoo), "merged", tmp_path / "fp32", mixture={"math": 1.0})
+    assert whole.facts["rounding"]["error"] < 1e-5
 
 
 def test_what_cannot_be_merged(routed: RoutedModel, llama: Pico, tmp_path: Path) -> None:
@@ -401,6 +429,8 @@ def test_the_nearest_option(weights: tuple[float, float], expected: str) -> None
         ("vllm", {"mixture": {"math": 1.0}}, "--mixture does not go with --to vllm"),
         ("xlora", {"mean_of": PROMPTS}, "--mean-of does not go with --to xlora"),
         ("merged", {"mixture": {"math": 1.0}, "rank": 4}, "--rank does not go with --to merged"),
+        ("merged", {"mixture": {"math": 1.0}, "mixtures": 4}, "--mixtures does not go with --to merged"),
+        ("vllm", {"mixtures": 4}, "--mixtures needs prompts"),
         ("vllm", {"rank": 513}, "ranks of 1 to 512"),
         ("peft", {"mixture": {"math": 1.0}, "prompts": "none.jsonl"}, "no file none.jsonl"),
         ("peft", {"mixture": {"math": 1.0}, "base": "org/base"}, "loaded already"),
@@ -420,6 +450,16 @@ def test_prompts_that_are_none(plain: RoutedModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no prompts"):
         recycler.export(plain, "peft", tmp_path / "out", mean_of=[])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("to", ["peft", "merged", "vllm"])
+def test_what_answers_otherwise_is_not_kept(zoo: recycler.Zoo, tmp_path: Path, to: str) -> None:
+    """As where an adapter's files are others by now than those in memory."""
+    model = recycler.compose(zoo, recycler.build_router("uniform", zoo=zoo, adapters=["math", "poem"]))
+    model.folders["math"] = zoo.folder("code")
+    with pytest.raises(InputError, match=f"The export as {to} does not answer as the mixture it was made of: logits differ"):
+        recycler.export(model, to, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_exports_are_replaced(plain: RoutedModel, tmp_path: Path) -> None:

@@ -163,13 +163,18 @@ def test_answers_are_the_models_own(world: World, method: str) -> None:
 
 def test_one_adapter_is_what_lm_eval_makes_of_it_with_peft(world: World) -> None:
     base = str(world.pico.base)
+    texts = requests("loglikelihood_rolling", [(context,) for context in CONTEXTS])
+    asked = requests("generate_until", [(context, {"until": ["zz"], "max_gen_toks": 6}) for context in CONTEXTS])
     # Without its sharing of forwards, which takes the wrong tokens where contexts end elsewhere.
     plain = loglikelihoods(HFLM(base, device="cpu", logits_cache=False))
     assert close(loglikelihoods(RecyclerLM(str(world.models["retrieval"]), only="base", batch_size=4)), plain)
     for name in ("math", "poem"):  # poem has DoRA
         theirs = loglikelihoods(HFLM(base, peft=str(world.pico.adapters[name]), device="cpu", logits_cache=False))
-        assert close(loglikelihoods(RecyclerLM(str(world.models["retrieval"]), only=name, batch_size=4)), theirs)
-        assert not close(theirs, plain)
+        ours = RecyclerLM(str(world.models["retrieval"]), only=name, batch_size=4)
+        assert close(loglikelihoods(ours), theirs) and not close(theirs, plain)
+        peft = HFLM(base, peft=str(world.pico.adapters[name]), device="cpu")
+        assert ours.loglikelihood_rolling(texts) == pytest.approx(peft.loglikelihood_rolling(texts), abs=1e-3)
+        assert ours.generate_until(asked) == peft.generate_until(asked)
 
 
 def test_another_router_and_what_makes_no_sense(world: World) -> None:

@@ -269,6 +269,20 @@ def test_token_ids_and_several_prompts(world: World) -> None:
     assert refused.status_code == 400 and "want different adapters" in refused.json()["error"]["message"]
 
 
+def test_responses_are_routed(world: World) -> None:
+    """What /v1/responses is given is read as the same turns are in a chat; the server answers it, or says that it cannot."""
+    prompt, system = next(p for p in PROMPTS if world.option(p).name != "base"), "Be brief."
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    world.post("chat/completions", messages=turns, max_tokens=1)
+    expected = world.upstream.seen[-1][1]["model"]
+    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    for given in (prompt, [{"role": "user", "content": [{"type": "input_text", "text": prompt}]}, call]):
+        answer = world.post("responses", model="routed", input=given, instructions=system)
+        path, body, _ = world.upstream.seen[-1]
+        assert path == "/v1/responses" and body == {"model": expected, "input": given, "instructions": system}
+        assert answer.status_code == 418 and answer.headers["x-recycle-adapter"]  # this one does not know them
+
+
 def test_errors_and_other_paths_are_passed_on(world: World) -> None:
     too_large = world.post(prompt="a", max_tokens=101)
     assert too_large.status_code == 400 and too_large.json() == {
@@ -295,6 +309,7 @@ def test_errors_and_other_paths_are_passed_on(world: World) -> None:
         ("completions", b'{"prompt": ["a", 3]}'), ("completions", b"\xff"), ("chat/completions", b'{"messages": []}'),
         ("chat/completions", b'{"messages": [3]}'), ("chat/completions", b'{"messages": [{"role": "user", "content": 3}]}'),
         ("chat/completions", b'{"messages": [{"content": "a"}]}'), ("chat/completions", b'{"messages": "a"}'),
+        ("responses", b'{"input": ""}'), ("responses", b'{"input": []}'), ("responses", b'{"input": {"a": 1}}'),
     ],
 )  # fmt: skip
 def test_what_is_no_request(world: World, path: str, data: bytes) -> None:

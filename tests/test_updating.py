@@ -281,7 +281,7 @@ def test_by_command(llama: Pico, tmp_path: Path) -> None:
         (["--add", "poem"], "one of --add and --remove, and --router"),
         (["--router", "GATES"], "one of --add and --remove, and --router"),
         (["--add", "poem", "--remove", "law", "--router", "GATES"], "one of --add and --remove"),
-        (["--add", "poem", "--router", "none"], "holds no router"),
+        (["--add", "poem", "--router", "none"], "is not a router"),
         (["ridge", "--add", "poem", "--router", "GATES"], "holds a router of arrow, not of ridge"),
         (["--add", "poem", "--router", "GATES", "-o", "top_k=1"], "are for new routers"),
         (["--remove", "law", "--router", "GATES", "--adapters", "law"], "are for new routers"),

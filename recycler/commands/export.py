@@ -21,7 +21,16 @@ from recycler.zoo.errors import UsageError
 @click.option("--out", required=True, type=click.Path(), help="A new or empty folder.")
 @click.option("--mixture", metavar="A=0.5,B=0.5", help="Which mixture, where the router decides by the input (peft, merged).")
 @click.option(
-    "--mean-of", metavar="FILE", type=click.Path(), help="Instead, the router's mean share on the prompts of a JSONL file."
+    "--mean-of",
+    metavar="FILE",
+    type=click.Path(),
+    help="JSONL; instead, the router's mean share on its prompts (peft, merged), or the mixtures that they ask for most (vllm, lorax).",
+)
+@click.option(
+    "--mixtures",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How many of these become adapters too (vllm, lorax). [default: 8]",
 )
 @click.option(
     "--rank", type=click.IntRange(min=1), metavar="R", help="Cut to this rank (peft, vllm, lorax); says what that loses."
@@ -32,20 +41,21 @@ from recycler.zoo.errors import UsageError
 @on_device
 @as_json
 def export_command(
-    model_path: str, to: str, out: str, mixture: str | None, mean_of: str | None, rank: int | None, prompts: str | None, force: bool,
-    base: str | None, device: str | None, dtype: str, as_json: bool,
+    model_path: str, to: str, out: str, mixture: str | None, mean_of: str | None, mixtures: int | None, rank: int | None,
+    prompts: str | None, force: bool, base: str | None, device: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a composed model in a form that other software loads.
 
     Each form loses something: it is measured on prompts by comparing logits, said, and kept in export.json. A static router's
     mixture becomes one PEFT adapter or one set of weights exactly; for other routers say which mixture. For servers the router is
-    kept, by `recycle proxy`, which chooses once a request.
+    kept, by `recycle proxy`, which chooses an adapter or a mixture once a request; mixtures are the router's own, and those that
+    your prompts ask for (--mean-of).
 
     \b
     Examples:
       recycle export model/ --to peft --out adapter/ --mixture math=0.5,law=0.5
       recycle export model/ --to merged --out weights/ --mean-of prompts.jsonl
-      recycle export model/ --to vllm --out served/ --prompts prompts.jsonl
+      recycle export model/ --to vllm --out served/ --mean-of prompts.jsonl --mixtures 8
       recycle export model/ --to xlora --out xlora/ --dtype float32
     """
     from recycler.exporting.ladder import export
@@ -53,8 +63,8 @@ def export_command(
 
     with bars() as progress:
         done = export(
-            model_path, to, out, mixture=_weights(mixture), mean_of=mean_of, rank=rank, prompts=prompts, force=force, base=base,
-            device=device, dtype=dtype, progress=progress,
+            model_path, to, out, mixture=_weights(mixture), mean_of=mean_of, mixtures=mixtures, rank=rank, prompts=prompts, force=force,
+            base=base, device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(done.to_json())
@@ -93,8 +103,8 @@ def proxy_command(
 ) -> None:  # fmt: skip
     """Route requests to a vLLM or LoRAX server, by the router, once a request.
 
-    An OpenAI-compatible server in front of another one: model "routed" is given the adapter that the router would choose for the
-    prompt; an adapter's name, or `base`, is passed on as it is. Streams and errors come through as they are; the header x-recycle-adapter says
+    An OpenAI-compatible server in front of another one: model "routed" is given the adapter or mixture that the router would choose
+    for the prompt; the name of one, or `base`, is passed on as it is. Streams and errors come through as they are; the header x-recycle-adapter says
     who answers. DIR is what `recycle export --to vllm` made.
 
     \b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,17 @@ def push_command(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    done = push(
-        model, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message, base_id=base_id,
-        license_allow=None if license_allow is None else license_allow.split(","), strict=strict, widget=widget, datasets=datasets,
-        force=force, dry_run=dry_run,
-    )  # fmt: skip
+    try:
+        done = push(
+            model, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message, base_id=base_id,
+            license_allow=None if license_allow is None else license_allow.split(","), strict=strict, widget=widget, datasets=datasets,
+            force=force, dry_run=dry_run,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        say(
+            "interrupted; the repository holds all of it or nothing, and the same command goes on with the files that had not arrived"
+        )
+        os._exit(130)  # an end by the interpreter waits for the client's threads, which send all that is left
     if as_json:
         print_json(done.to_json())
     for note in done.notes:

@@ -24,8 +24,8 @@ _TITLES = {
     "xlora": "as PEFT's X-LoRA",
 }
 _REQUEST = (
-    "A request is given one adapter, or one of the router's own mixtures, by `recycle proxy`: where the router mixes otherwise, or decides "
-    "token by token, it is the nearest."
+    "A request is given one adapter, or one of the mixtures that lie here, by `recycle proxy`: where the router mixes otherwise, or "
+    "decides token by token, it is the nearest."
 )
 _LOST = {
     "peft": "One mixture for every prompt and every token: what the router does is not in it.",
@@ -49,21 +49,20 @@ def lines(folder: Path, facts: Mapping[str, Any], found: Mapping[str, str]) -> l
         said.append(f"mixture: {Mixture(**facts['mixture']).line()}")
     if "ranks" in facts:
         low, high = facts["ranks"]
-        said.append(f"one adapter of rank {low if low == high else f'{low} to {high}'}")
+        said.append(f"one adapter of rank {low if low == high else f'{low} to {high}'}, {facts['bytes'] / 1e6:,.1f} MB")
     if "converted" in facts:
         said.append(facts["converted"])
     cuts = {"it": facts["cut"]} if "ranks" in facts and "cut" in facts else facts.get("cut") or {}
-    said += [
-        f"{name}: ΔW with a relative error of {cut['error']:.2g} (worst {cut['worst'][1]:.2g})" for name, cut in cuts.items()
-    ]
+    said += [f"{name}: {_error(cut)}" for name, cut in cuts.items()]
     if "options" in facts:
-        mixed = [one for one in facts["options"] if len(one["weights"]) > 1 or one["name"].startswith("mix-")]
-        said.append(
-            f"{counted(len(facts['options']) - 1, 'adapter')}, of which {len(mixed)} the router's own mixtures; largest rank {facts['rank']}"
-        )
+        mixed = _mixed(facts)
+        alone = len(facts["options"]) - 1 - len(mixed)  # one is the base
+        said.append(f"{counted(alone, 'adapter')} alone, {counted(len(mixed), 'mixture')}; largest rank {facts['rank']}")
         said += [Mixture(one["weights"], one["name"]).line() for one in mixed]
         said.append(f"the prompts got: {shorten([f'{name} {count}' for name, count in facts['chosen'].items()], 8)}")
     said += [f"beside {what}: {line}" for what, line in found.items()]
+    if "rounding" in facts:
+        said.append(f"rounded to {facts['dtype']}: {_error(facts['rounding'])}")
     if facts["dtype"] != "float32":
         said.append(f"measured in {facts['dtype']}, whose rounding is part of these differences; --dtype float32 leaves it out")
     if "serve" in facts:
@@ -73,6 +72,10 @@ def lines(folder: Path, facts: Mapping[str, Any], found: Mapping[str, str]) -> l
             f"  {shlex.join(['recycle', 'proxy', str(folder), '--upstream', facts['upstream']])}",
         ]
     return [printable(line, 100_000) for line in said]
+
+
+def _error(loss: Mapping[str, Any]) -> str:
+    return f"ΔW with a relative error of {loss['error']:.2g} (worst {loss['worst'][1]:.2g})"
 
 
 def readme(facts: Mapping[str, Any]) -> str:
@@ -88,7 +91,7 @@ def readme(facts: Mapping[str, Any]) -> str:
         "base_model_relation": "merge" if kind == "merged" else "adapter",
         "tags": ["lora", "recycler"],
     }
-    if roll.single in licences.TERMS:
+    if roll.single in licences.TERMS and kind != "merged":  # those weights are the base's too, whose licence is not known here
         header["license"] = roll.single
     elif roll.by_licence:
         header |= {"license": "other", "license_name": "as-stated-below"}
@@ -145,13 +148,18 @@ def _cuts(facts: Mapping[str, Any]) -> list[str]:
     cuts = facts.get("cut") or {}
     found = [f"- {facts['converted']}"] if "converted" in facts else []
     found += [f"- {name}: {cut['error']:.2g}" for name, cut in ({"all of it": cuts} if "error" in cuts else cuts).items()]
+    found += [f"- rounding to {facts['dtype']}: {facts['rounding']['error']:.2g}"] if "rounding" in facts else []
     return ["Cut or converted to what fits (relative error of ΔW):", "", *found, ""] if found else []
 
 
 def _mixtures(facts: Mapping[str, Any]) -> list[str]:
-    """The router's own mixtures, which are adapters of their own."""
-    mixed = [one for one in facts.get("options", ()) if one["name"].startswith("mix-")]
+    """The mixtures that are adapters of their own."""
+    mixed = _mixed(facts)
     return [*(f"- {Mixture(one['weights'], one['name']).line()}" for one in mixed), ""] if mixed else []
+
+
+def _mixed(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [one for one in facts.get("options", ()) if one["weights"] and one["weights"] != {one["name"]: 1.0}]
 
 
 def _use(kind: str, base: str, facts: Mapping[str, Any]) -> list[str]:

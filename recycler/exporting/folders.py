@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recycler.composition import replace_folder
-from recycler.zoo.errors import InputError, UsageError, shorten
+from recycler.zoo.documents import read_document
+from recycler.zoo.errors import UsageError, shorten
 from recycler.zoo.store import require_writable
 
 SCHEMA_VERSION = 1
@@ -80,22 +81,17 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, it cannot be read, or it is a newer version's.
     """
-    try:
-        said: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-        newer = said["schema_version"] > SCHEMA_VERSION
-        if not all(isinstance(name, str) for name in said["files"]) or not isinstance(said["kind"], str):
-            raise ValueError("it lists no files")
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is not an export.",
-            f"There is no {MANIFEST} in it.",
-            "Make one: recycle export MODEL --to KIND --out DIR",
-            code="E_MODEL",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / MANIFEST} cannot be read ({error}).", "", "Export the model again.", code="E_MODEL"
-        ) from None
-    if newer:
-        raise InputError(f"{folder} was exported by a newer version.", "", "Upgrade recycler.", code="E_NEWER")
-    return said
+    return read_document(
+        folder / MANIFEST,
+        SCHEMA_VERSION,
+        _check,
+        what="an export",
+        make="Make one: recycle export MODEL --to KIND --out DIR",
+        again="Export the model again.",
+        code="E_MODEL",
+    )
+
+
+def _check(said: dict[str, Any]) -> None:
+    if not all(isinstance(name, str) for name in said["files"]) or not isinstance(said["kind"], str):
+        raise ValueError("it lists no files")

@@ -4,8 +4,8 @@
 rung          what comes out                                       what is lost
 ============  ===================================================  =============================================================
 ``xlora``     PEFT's X-LoRA folder                                 nothing but the second KV cache (X-LoRA routers only)
-``vllm``,     adapters, a command line and `recycle proxy`,        one decision a request: what a router does token by token
-``lorax``     which chooses an adapter for each request
+``vllm``,     adapters and mixtures, a command line, and           one decision a request: what a router does token by token
+``lorax``     `recycle proxy`, which chooses one for each request
 ``peft``      one PEFT adapter                                     one mixture for everything
 ``merged``    full weights                                         the same, and rounding to the base's dtype
 ============  ===================================================  =============================================================
@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycler.exporting import cards, comparing, folders, merged, mixtures, peft, servers, xlora
+from recycler.exporting import cards, comparing, folders, merged, peft, servers, xlora
 from recycler.exporting.comparing import Difference
-from recycler.exporting.mixtures import Mixture
+from recycler.exporting.mixtures import Mixture, choose
 from recycler.run import prompt_of
 from recycler.scoring import Progress, silent
 from recycler.shots import Shot, read_shots
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from recycler.routed import RoutedModel
 
+_MIXTURES = 8
 KINDS = ("peft", "merged", "vllm", "lorax", "xlora")
 Prompts = str | Path | Sequence[str]
 
@@ -66,6 +67,7 @@ def export(
     *,
     mixture: Mapping[str, float] | None = None,
     mean_of: Prompts | None = None,
+    mixtures: int | None = None,
     rank: int | None = None,
     prompts: Prompts | None = None,
     base: str | None = None,
@@ -80,7 +82,10 @@ def export(
         to: "peft", "merged", "vllm", "lorax" or "xlora".
         out: a new or empty folder.
         mixture: adapter → weight, for "peft" and "merged" of a router that decides by the input.
-        mean_of: instead, the router's mean share on these prompts: a JSONL file, or texts.
+        mean_of: instead, the router's mean share on these prompts: a JSONL file, or texts. For "vllm" and "lorax", the prompts whose
+            mixtures are looked for.
+        mixtures: how many of the mixtures that `mean_of` asks for most become adapters too ("vllm", "lorax"); 8 where None. Each joins
+            up to three adapters, and is exact, at the sum of their ranks.
         rank: cut what is written to this rank ("peft", "vllm", "lorax"); the error is measured.
         prompts: what is compared on, a JSONL file or texts; by default those of `mean_of`, else a few sentences. 16 at most count.
         base, loading: as `recycler.load` takes them, for a model that has to be loaded.
@@ -91,7 +96,7 @@ def export(
         InputError: the model cannot be exported so, or what was written does not answer as it should.
     """
     out = Path(out)
-    _check(to, mixture=mixture, mean_of=mean_of, rank=rank)
+    _check(to, mixture=mixture, mean_of=mean_of, mixtures=mixtures, rank=rank)
     folders.check_output(out, force)
     mean = None if mean_of is None else _read(mean_of)
     shots = _read(prompts) if prompts is not None else list(mean or comparing.DEFAULT)
@@ -103,9 +108,12 @@ def export(
         raise UsageError("This model is loaded already.", "base, dtype and device are for loading it.", "Leave them out.")
     with folders.staged(out, force) as folder:
         made = _Rung(model, to, folder, out, shots, progress)
-        facts = made.server(rank) if to in servers.MOST else made.xlora() if to == "xlora" else made.fixed(
-            mixtures.choose(model, mixture, mean), rank
-        )  # fmt: skip
+        if to in servers.MOST:
+            facts = made.server(rank, mean or (), _MIXTURES if mixtures is None else mixtures)
+        elif to == "xlora":
+            facts = made.xlora()
+        else:
+            facts = made.fixed(choose(model, mixture, mean, progress), rank)
         facts = _described(model, to, facts, made.differences)
         (folder / "README.md").write_text(cards.readme(facts), encoding="utf8")
         facts = folders.finish(folder, facts)
@@ -137,9 +145,11 @@ class _Rung:
             self._compare("the routed model", self._logits("the routed model"), got)
         return {"mixture": mixture.to_json(), **said}
 
-    def server(self, rank: int | None) -> dict[str, Any]:
+    def server(self, rank: int | None, asking: Sequence[Shot], mixtures: int) -> dict[str, Any]:
         """Adapters for a server, and one of them for each request."""
-        served = servers.write(self.model, self.kind, self.folder, self.final, rank, self.progress)
+        served = servers.write(
+            self.model, self.kind, self.folder, self.final, rank, self.progress, prompts=asking, mixtures_of_prompts=mixtures
+        )
         meant, got, chosen = servers.answers(self.model, self.folder, served.options, self.prompts)
         self._compare("the adapters that requests get", meant, got, exact=not served.errors)
         self._compare("the routed model", self._logits("the routed model"), got)
@@ -196,7 +206,12 @@ def _check(to: str, **given: Any) -> None:
     """Raises UsageError for a kind that there is not, and for options that do not go with it."""
     if to not in KINDS:
         raise UsageError(f"There is no export to {to!r}.", "", f"Choose {', '.join(KINDS)}.")
-    fits = {"mixture": ("peft", "merged"), "mean_of": ("peft", "merged"), "rank": ("peft", *servers.MOST)}
+    fits = {
+        "mixture": ("peft", "merged"),
+        "mean_of": ("peft", "merged", *servers.MOST),
+        "mixtures": tuple(servers.MOST),
+        "rank": ("peft", *servers.MOST),
+    }
     wrong = [name for name, value in given.items() if value is not None and to not in fits[name]]
     if wrong:
         name = wrong[0]
@@ -204,6 +219,13 @@ def _check(to: str, **given: Any) -> None:
             f"--{name.replace('_', '-')} does not go with --to {to}.",
             f"It is for {', '.join(fits[name])}.",
             "Leave it out, or export to one of these.",
+        )
+    if given["mixtures"] is not None and given["mean_of"] is None:
+        raise UsageError(
+            "--mixtures needs prompts.",
+            "Which mixtures are wanted is seen on them.",
+            "Add --mean-of prompts.jsonl",
+            code="E_OPTION",
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from recycler.base import quiet
 from recycler.engine.sites import linear_shape
 from recycler.exporting import comparing, mixtures
+from recycler.routers.merging import Loss
 from recycler.zoo.errors import UsageError, shorten
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ _INSTEAD = "Export it as an adapter, which leaves the base alone: --to peft"
 def write(model: RoutedModel, mixture: Mixture, folder: Path, progress: Progress) -> dict[str, Any]:
     """Writes config, generation config, tokenizer and weights (safetensors, in shards).
 
+    Returns:
+        "dtype", "linears", and "rounding": what rounding to that dtype does to ΔW, as a relative error over all linears, and the worst one's.
+
     Raises:
         UsageError: a weight that has to change is quantised, offloaded or shared; or an adapter's bias finds none in the base.
     """
@@ -41,16 +45,19 @@ def write(model: RoutedModel, mixture: Mixture, folder: Path, progress: Progress
     factors = mixtures.read_factors(model, mixture.weights)
     sites = [site for site in model.sites if any(site in held for held in factors.values())]
     _check(model, sites)
-    made, _ = mixtures.updates(model, mixture.weights, mixtures.shorter(None), factors, progress(len(sites), "merging"))
+    step = progress(len(sites), "merging")
+    made, _ = mixtures.updates(model, mixture.weights, lambda update, weight: (update, 0.0), factors, step)
+    loss = Loss()
     base = model.base
     state = dict(base.state_dict())
     for site in list(made):
-        state |= _changed(base.get_submodule(site), site, made.pop(site), partial(mixtures.base_weight, model, site))
+        state |= _changed(base.get_submodule(site), site, made.pop(site), partial(mixtures.base_weight, model, site), loss)
     with quiet():
         base.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
         where = {"revision": model.source.revision, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(model.source.id, **where).save_pretrained(folder)
-    return {"dtype": str(base.dtype).removeprefix("torch."), "linears": len(sites)}
+    rounding = {key: value for key, value in loss.report().items() if key != "ranks"}
+    return {"dtype": str(base.dtype).removeprefix("torch."), "linears": len(sites), "rounding": rounding}
 
 
 def _check(model: RoutedModel, sites: list[str]) -> None:
@@ -80,13 +87,16 @@ def _quantised_fix() -> str:
     return f"Give --base the unquantised model. Or: {_INSTEAD[0].lower()}{_INSTEAD[1:]}"
 
 
-def _changed(module: Any, site: str, update: Update, weight: Any) -> dict[str, Tensor]:
+def _changed(module: Any, site: str, update: Update, weight: Any, loss: Loss) -> dict[str, Tensor]:
     """The new tensors of a linear, in the old ones' dtype and layout."""
     old, bias_O = module.weight, getattr(module, "bias", None)
     assert linear_shape(module) is not None
-    total_OD = weight().double() + update.dense(weight).double()
+    added_OD = update.dense(weight).double()
+    total_OD = weight().double() + added_OD
+    rounded_OD = total_OD.to(old.dtype)
+    loss.add(site, float((rounded_OD - total_OD).norm()), float(added_OD.norm()), 0)
     turned = type(module).__name__ == "Conv1D"
-    found = {f"{site}.weight": (total_OD.T if turned else total_OD).to(old.dtype).contiguous()}
+    found = {f"{site}.weight": (rounded_OD.T if turned else rounded_OD).contiguous()}
     if update.bias_O is not None:
         if bias_O is None:
             raise UsageError(

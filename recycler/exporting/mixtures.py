@@ -1,6 +1,6 @@
 """Which mixture is exported, and its updates: exact sums of the adapters' own (`recycler.routers.merging`).
 
-Dimensions in names: E adapter.
+Dimensions in names: E adapter, N prompt.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from recycler.engine.sites import linear_shapes, weight_OD
 from recycler.routers.merging import Loss, Part, Update, Weight, cut, linear, update_of
 from recycler.routers.sequence import Decision
 from recycler.routers.static import StaticRouter
+from recycler.scoring import Progress, silent
 from recycler.zoo import formats, lowrank
-from recycler.zoo.errors import UsageError, choices, shorten
+from recycler.zoo.errors import UsageError, choices, counted, shorten
 from recycler.zoo.match import place
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Mixture:
         return f"{shorten([f'{name} {weight:.3g}' for name, weight in shown], 8)} ({self.how})"
 
 
-def choose(model: RoutedModel, given: Mapping[str, float] | None, mean_of: Sequence[Shot] | None) -> Mixture:
+def choose(
+    model: RoutedModel, given: Mapping[str, float] | None, mean_of: Sequence[Shot] | None, progress: Progress = silent
+) -> Mixture:
     """The mixture to export: the one that is given, the mean over prompts, or that of a router which has only one.
 
     Raises:
@@ -71,9 +74,9 @@ def choose(model: RoutedModel, given: Mapping[str, float] | None, mean_of: Seque
             raise UsageError("A mixture's weights are finite numbers.", "", "Write math=0.5,law=0.5", code="E_OPTION")
         return _of(torch.tensor([float(given.get(name, 0.0)) for name in model.names]), model, "given")
     if mean_of is not None:
-        shares = [share(model, text.prompts(model.source, [[shot]])) for shot in mean_of]
-        how = f"the router's mean share on {len(shares)} prompt{'s' * (len(shares) != 1)}"
-        return _of(torch.stack(shares).mean(0), model, how)
+        how = f"the router's mean share on {counted(len(mean_of), 'prompt')}"
+        step = progress(len(mean_of), "what prompts are given")
+        return _of(shares(model, mean_of, step).mean(0), model, how)
     if isinstance(model.router, StaticRouter):
         return replace(_of(model.router.weights_E, model, f"the router's own: {model.router.method()}"), own=True)
     raise UsageError(
@@ -102,6 +105,15 @@ def share(model: RoutedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         if not model.source.encoder_decoder:
             inputs = text.causal_inputs(model.source, inputs["input_ids"], inputs["attention_mask"].bool())
         return model.weights_for(dict(inputs)).share()[0].float().cpu()
+
+
+def shares(model: RoutedModel, shots: Sequence[Shot], step: Callable[..., None] = lambda: None) -> Tensor:
+    """What each prompt is given, [N, E], on the CPU."""
+    rows = []
+    for shot in shots:
+        rows.append(share(model, text.prompts(model.source, [[shot]])))
+        step()
+    return torch.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- updates
@@ -168,8 +180,14 @@ def updates(
 
 
 def shorter(rank: int | None) -> Callable[[Update, Weight], tuple[Update, float]]:
-    """Keeps S and b, and cuts B A to a rank; all of it where None."""
-    return lambda update, weight: (update, 0.0) if rank is None else cut(update, rank, None)
+    """Keeps S and b, and cuts B A to a rank. Without one all of it is kept, in factors that are no larger than B A itself: the ranks of
+    many adapters add up to more than a linear can have."""
+
+    def shape(update: Update, weight: Weight) -> tuple[Update, float]:
+        full = min(update.a_RD.shape[1], update.b_OR.shape[0])
+        return (update, 0.0) if rank is None and update.a_RD.shape[0] <= full else cut(update, rank, None)
+
+    return shape
 
 
 def plain(rank: int | None) -> Callable[[Update, Weight], tuple[Update, float]]:

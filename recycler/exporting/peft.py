@@ -1,4 +1,4 @@
-"""A mixture as one PEFT adapter: factors stacked, rank Σ r, exact. DoRA stays DoRA; where one adapter has DoRA's magnitude and another a
+"""A mixture as one PEFT adapter: factors stacked, rank Σ r or the linear's own where that is less, exact. DoRA stays DoRA; where one adapter has DoRA's magnitude and another a
 bias of B, which no adapter format has together, DoRA's part becomes a plain update at its full rank."""
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from recycler.exporting import comparing, mixtures
 from recycler.routers.merging import factors_of
-from recycler.zoo.lowrank import check_dials
+from recycler.zoo.inspect import WEIGHTS
+from recycler.zoo.lowrank import ROUNDING, check_dials
 from recycler.zoo.writing import write_adapter
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def write(model: RoutedModel, mixture: Mixture, folder: Path, rank: int | None, 
     """Writes adapter_config.json and adapter_model.safetensors.
 
     Returns:
-        "ranks", and where something was cut "cut": the relative error of ΔW over all linears, and the worst one's.
+        "ranks", "bytes", and where something was cut "cut": the relative error of ΔW over all linears, and the worst one's.
 
     Raises:
         UsageError: `rank` is below 1.
@@ -43,10 +44,10 @@ def write(model: RoutedModel, mixture: Mixture, folder: Path, rank: int | None, 
         task_type="SEQ_2_SEQ_LM" if model.source.encoder_decoder else "CAUSAL_LM",
     )
     report = loss.report()
-    said: dict[str, Any] = {"ranks": report["ranks"]}
+    said: dict[str, Any] = {"ranks": report["ranks"], "bytes": (folder / WEIGHTS).stat().st_size}
     if both:
         said["converted"] = "DoRA's scales became plain updates at full rank: no adapter format has them and a bias of B."
-    if report["error"]:
+    if report["error"] > ROUNDING:
         said["cut"] = {"rank": rank, "error": report["error"], "worst": report["worst"]}
     return said
 
@@ -58,6 +59,8 @@ def answers(model: RoutedModel, folder: Path, prompts: list[dict[str, Tensor]]) 
 
 
 def base_id(model: RoutedModel) -> str:
-    """What the base is called: as the router recorded it, else as it was loaded."""
+    """What the base is called: as the router recorded it, else as it was loaded; a folder by its whole path, since what is exported is
+    used from elsewhere."""
     facts = (model.router.facts if model.router is not None else {}).get("base") or {}
-    return str(facts.get("id") or model.source.id)
+    named, here = str(facts.get("id") or model.source.id), Path(model.source.id)
+    return str(here.resolve()) if here.is_dir() and here.resolve() == Path(named).resolve() else named

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recycler.routed import RoutedModel
 
 ROUTED = "routed"
+_TEXTS = ("text", "input_text", "output_text")
 
 
 class Refused(Exception):
@@ -87,6 +88,8 @@ class Chooser:
     def _prompts(self, body: Mapping[str, Any]) -> list[list[int]]:
         """Token ids of each prompt of a request, as the server will have them."""
         source = self.model.source
+        if "input" in body and not {"messages", "prompt"} & set(body):  # of /v1/responses
+            body = {"messages": _as_messages(body["input"], body.get("instructions"))}
         if "messages" in body:
             return [text.prompt_ids(source, Shot("", "", _turns(body["messages"])))]
         given: Any = body.get("prompt")
@@ -106,13 +109,22 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
+def _as_messages(given: Any, instructions: Any) -> list[Any]:
+    """What /v1/responses is given, as messages: a text or turns, and instructions before them; calls of tools are no turns."""
+    turns = (
+        [{"role": "user", "content": given}] if given and isinstance(given, str) else given if isinstance(given, list) else []
+    )
+    spoken = [one for one in turns if not (isinstance(one, dict) and one.get("type", "message") != "message")]
+    return [{"role": "system", "content": instructions}, *spoken] if instructions else spoken
+
+
 def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
     """(role, content) of each; of content in parts, the text."""
     turns = []
     for one in messages if isinstance(messages, list) else []:
         content = one.get("content") if isinstance(one, dict) else None
         if isinstance(content, list):
-            parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") in _TEXTS]
             content = "".join(part for part in parts if isinstance(part, str))
         content = "" if content is None and isinstance(one, dict) else content  # a turn that calls a tool
         if not isinstance(content, str) or not isinstance(one.get("role"), str):

@@ -22,7 +22,7 @@ except ImportError:
 
 HEADER = "x-recycle-adapter"
 _LARGEST = 32 * 2**20  # bytes of a body
-_READ = ("v1/completions", "v1/chat/completions")
+_READ = ("v1/completions", "v1/chat/completions", "v1/responses")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 _HOP = {
     "connection",

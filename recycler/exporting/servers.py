@@ -3,14 +3,15 @@
 ::
 
     DIR/  adapters/<name>/   plain LoRA: one rank at all linears (padded with zeros), scalings folded in, no rank patterns
-          adapters/mix-1/    the router's own mixtures, each as one adapter
+          adapters/mix-1/    mixtures, each as one adapter: the router's own, and those that prompts ask for
           model/             the routed model itself, for the proxy
           serve.sh           the server's command line
           server.json        what can be asked for, and what the server calls it
 
 Neither server knows DoRA, a bias of B, or ranks that differ from linear to linear. DoRA becomes a plain update, cut to a rank, with an error
 that is measured; a bias cannot be had and is refused. LoRAX can also merge adapters anew for each request, but only where they have one
-rank, and its linear merge adds up A's and B's apart, (Σ w B)(Σ w A), which is not Σ w BA: it is not used.
+rank, its linear merge adds up A's and B's apart, (Σ w B)(Σ w A), which is not Σ w BA, and its OpenAI API does not take the weights: it is
+not used.
 
 What the servers take is from their sources (vLLM's PEFTHelper, LoRAConfig and LoRAModel; LoRAX's merge strategies and its OpenAI API); the
 files were not tried on either here, but every one of them is loaded with PEFT.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from recycler.exporting import comparing, mixtures, peft
-from recycler.exporting.options import BASE, Option, nearest
+from recycler.exporting.options import BASE, Option, asked_for, nearest
 from recycler.exporting.options import mixtures as table_of
 from recycler.exporting.peft import base_id
 from recycler.routers.merging import Update
@@ -41,11 +42,13 @@ from recycler.zoo.writing import write_adapter
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
     from recycler.scoring import Progress
+    from recycler.shots import Shot
 
 SERVER = "server.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 MOST = {"vllm": 512, "lorax": 128}
 _USUAL = 128  # where an update has to be cut at all
+MOST_PROMPTS = 1000  # that are read for mixtures
 _AT_ONCE = 8  # adapters in one batch; each takes memory of its own on the device
 PORTS = {"vllm": 8000, "lorax": 8080}
 
@@ -63,11 +66,23 @@ class Served:
     rank: int
 
 
-def write(model: RoutedModel, kind: str, folder: Path, final: Path, rank: int | None, progress: Progress) -> Served:
-    """Writes the adapters and the router's mixtures, the routed model, and server.json.
+def write(
+    model: RoutedModel,
+    kind: str,
+    folder: Path,
+    final: Path,
+    rank: int | None,
+    progress: Progress,
+    *,
+    prompts: Sequence[Shot] = (),
+    mixtures_of_prompts: int = 0,
+) -> Served:
+    """Writes the adapters and the mixtures, the routed model, and server.json.
 
     Args:
         kind: "vllm" or "lorax". final: where `folder` will lie. rank: cut adapters to it.
+        prompts, mixtures_of_prompts: beside the router's own mixtures, so many that these prompts ask for; the first `MOST_PROMPTS`
+            of them count.
 
     Raises:
         InputError: an adapter cannot be served. UsageError: there is no router, or the rank is more than the server takes.
@@ -92,8 +107,13 @@ def write(model: RoutedModel, kind: str, folder: Path, final: Path, rank: int | 
         )
     _refuse_biases(model, kind)
     wanted = {name: {name: 1.0} for name in model.names}
+    mixed = table_of(router)
+    if prompts and mixtures_of_prompts:
+        some = prompts[:MOST_PROMPTS]
+        shares_NE = mixtures.shares(model, some, progress(len(some), "what prompts are given"))
+        mixed += asked_for(shares_NE, model.names, [*wanted.values(), *mixed, {}], mixtures_of_prompts)
     number = 0
-    for weights in table_of(router):
+    for weights in mixed:
         number += 1
         while f"mix-{number}" in wanted:
             number += 1
