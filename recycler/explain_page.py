@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycler.strips import Slots, signed, slots, strip_class, strip_css, strip_html, strip_js
-from recycler.zoo.errors import UsageError
-from recycler.zoo.store import require_writable
+from recycler.pictures import canvas, tokens
+from recycler.strips import Slots, policy, signed, slots, strip_class, strip_css, strip_html, strip_js
 from recycler.zoo.untrusted import OBEYED
 
 if TYPE_CHECKING:
     from recycler.explaining import Explanation
 
-_ROWS = 24  # adapters in a table, the largest effects and shares first
-
-
-def check_page(file: Path, force: bool) -> None:
-    """Raises UsageError when a page may not be written there; to be called before the work."""
-    if file.is_dir():
-        raise UsageError(f"{file} is a folder.", "", "Give --html a file.")
-    if file.exists() and not force:
-        raise UsageError(
-            f"{file} exists.", "Nothing is overwritten unless asked.", "Choose another --html, or add --force.", code="E_EXISTS"
-        )
-    require_writable(file.parent)
+_ROWS = 24  # adapters in a table
 
 
 def write_page(explanations: Sequence[Explanation], file: Path, *, title: str = "Who answered", force: bool = False) -> Path:
@@ -37,22 +24,18 @@ def write_page(explanations: Sequence[Explanation], file: Path, *, title: str = 
     Raises:
         UsageError: the file exists, and not `force`.
     """
-    check_page(file, force)
-    file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(page(explanations, title=title), encoding="utf8")
-    os.replace(temporary, file)
+    canvas.check_free(file, force, option="--html")
+    canvas.write_bytes(file, page(explanations, title=title).encode("utf8", "replace"))
     return file
 
 
 def page(explanations: Sequence[Explanation], *, title: str = "Who answered") -> str:
     """The whole page. Everything that is quoted is escaped, and a content policy lets nothing be loaded."""
     colours = slots(explanations)
-    body = "".join(_section(one, colours) for one in explanations)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    body = "".join(_section(one, colours, number) for number, one in enumerate(explanations, 1))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(strip_js())}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
         f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{_CSS}{strip_css()}</style></head><body>'
         f"<header><h1>{_text(title)}</h1><p>{_HOW}</p></header><main>{body}</main>"
@@ -60,13 +43,15 @@ def page(explanations: Sequence[Explanation], *, title: str = "Who answered") ->
     )
 
 
-def _section(one: Explanation, colours: Slots) -> str:
+def _section(one: Explanation, colours: Slots, number: int) -> str:
     routed, base = float(one.routed_A.sum()), float(one.base_A.sum())
     why = "" if one.why is None else f"<details><summary>The router’s reason</summary><pre>{_json(one.why)}</pre></details>"
     return (
         f"<section><h2>{_text(_short(one.prompt))}</h2>"
         f'<p class="sum">{_text(one.method)}: log&nbsp;p(answer) <b>{routed:.2f}</b>, by the bare base <b>{base:.2f}</b></p>'
-        f"{strip_html(one, colours)}{_adapters(one, colours)}{_layers(one, colours)}{why}</section>"
+        f"{strip_html(one, colours)}"
+        f'<p class="csv"><a href="{canvas.csv_link(tokens.table(one))}" download="tokens-{number}.csv">Tokens as CSV</a></p>'
+        f"{_adapters(one, colours)}{_layers(one, colours)}{why}</section>"
     )
 
 
@@ -77,7 +62,7 @@ def _adapters(one: Explanation, colours: Slots) -> str:
     asked, answered = one.share_of(0, one.begins), one.share_of(one.begins, len(one.tokens))
     most = max(1e-9, *(abs(value) for value in effect.values()))
     rows = []
-    for name in one.fired[:_ROWS]:
+    for name in one.chief(_ROWS):
         width = 50 * abs(effect[name]) / most
         bar = f'<i class="{"up" if effect[name] >= 0 else "down"}" style="width:{width:.1f}%"></i>'
         rows.append(
@@ -85,7 +70,7 @@ def _adapters(one: Explanation, colours: Slots) -> str:
             f'<td>{signed(effect[name])}</td><td class="bar" aria-hidden="true">{bar}</td></tr>'
         )
     more = len(one.fired) - len(rows)
-    rest = f"<p>and {more} more with smaller shares</p>" if more > 0 else ""
+    rest = f"<p>and {more} more with smaller shares and effects</p>" if more > 0 else ""
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Adapters"><table><thead><tr><th scope="col">adapter</th>'
         '<th scope="col">prompt</th><th scope="col">answer</th><th scope="col">effect</th><th aria-hidden="true"></th>'
@@ -98,7 +83,7 @@ def _layers(one: Explanation, colours: Slots) -> str:
         return ""
     head = "".join(f'<th scope="col">{_text(layer)}</th>' for layer in one.layers)
     rows = []
-    for name in one.fired[:_ROWS]:
+    for name in one.chief(_ROWS):
         column = one.share_LE[:, one.adapters.index(name)].tolist()
         cells = "".join(f'<td style="--s:{min(1.0, abs(share)):.2f}">{_percent(share)}</td>' for share in column)
         rows.append(f'<tr class="{strip_class(name, colours)}"><th scope="row">{_named(name, colours)}</th>{cells}</tr>')
@@ -141,12 +126,13 @@ _CSS = """
 *{box-sizing:border-box}
 body{margin:0;padding:1.2rem clamp(1rem,4vw,3rem) 9rem;max-width:72rem;font:1rem/1.5 system-ui,sans-serif;
  color:var(--strip-ink);background:var(--strip-paper)}
+a{color:inherit}.csv{margin:.25rem 0;font-size:.925rem}
+:focus-visible{outline:2px solid var(--strip-ink);outline-offset:2px}
 header p,.sum{color:var(--strip-muted);max-width:46rem}
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:0;overflow-wrap:anywhere}
 section{border-top:1px solid var(--strip-line);padding:1.4rem 0}
 .sum{margin:.2rem 0 1rem}.sum b{color:var(--strip-ink)}
 .wide{overflow-x:auto;margin-top:1rem;max-width:100%}
-.wide:focus-visible,summary:focus-visible{outline:2px solid var(--strip-ink);outline-offset:2px}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--strip-line)}
 th{font-weight:600}thead th{color:var(--strip-muted);font-weight:400}
@@ -161,4 +147,5 @@ th:first-child{text-align:left;position:sticky;left:0;background:var(--strip-pap
 @media (max-width:30rem){th,td{padding:.25rem .35rem}th:first-child{padding-left:0}}
 details{margin-top:1rem}summary{cursor:pointer}
 pre{overflow-x:auto;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
+@media print{body{padding:0}.wide{overflow:visible}table{font-size:.65rem}th,td{padding:.15rem .2rem}.heat td{min-width:0}.bar,.bar i,.heat td,.name i{print-color-adjust:exact}}
 """

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from recycler import text
+from recycler.pictures.routing import layers
 from recycler.pieces import pieces
 from recycler.routers.protocol import Batch, Few, Group, Rowwise
-from recycler.scoring import nll
-from recycler.shots import Shot
+from recycler.scoring import Progress, nll, silent
+from recycler.shots import NO_TEXT, Shot, is_text
 from recycler.zoo.errors import InputError, UsageError
-from recycler.zoo.places import places
 
 if TYPE_CHECKING:
     from recycler.routed import RoutedModel
@@ -48,8 +48,8 @@ class Explanation:
         tokens: each token's own text; put together they are what the tokenizer decodes, special tokens included.
         special: which of them are special tokens. An answer that ended has its end token as the last one.
         begins: the number of the answer's first token.
-        layers: names, in the order of L: "0", "1", ...; "encoder 0", "decoder 0" where there are two stacks; a linear outside of
-            layers by its own name.
+        layers: names, in the order of L, as `recycler.pictures.routing.layers` gives them: "0", "1", ...; "encoder 0", "decoder 0"
+            where adapters sit in two stacks; a linear outside of layers by its own name.
         share_TE: mean weight over sites, where a token was read (the prompt's) or written (the answer's). What is missing to 1 is
             the base's.
         share_LE: mean weight over a layer's sites and tokens.
@@ -95,6 +95,13 @@ class Explanation:
     def effect(self) -> dict[str, float]:
         """Of each adapter that fired: log p(answer) minus log p(answer) without it, in nats. Above 0 it helped this answer."""
         return {name: float(self.effect_A(name).sum()) for name in self.without}
+
+    def chief(self, count: int) -> tuple[str, ...]:
+        """At most so many of those that fired, for a table: by turns the largest share and the largest effect. In order of share."""
+        effect = self.effect
+        by_effect = sorted(effect, key=lambda name: -abs(effect[name]))
+        taken = list(dict.fromkeys(name for pair in zip(self.fired, by_effect, strict=True) for name in pair))[:count]
+        return tuple(name for name in self.fired if name in set(taken))
 
     def effect_A(self, name: str) -> Tensor:
         """`effect`, token by token of the answer."""
@@ -164,7 +171,13 @@ class Explanation:
 
 @torch.no_grad()
 def explain(
-    model: RoutedModel, prompt: str, answer: str | None = None, *, max_new_tokens: int = 64, task: str | None = None
+    model: RoutedModel,
+    prompt: str,
+    answer: str | None = None,
+    *,
+    max_new_tokens: int = 64,
+    task: str | None = None,
+    progress: Progress = silent,
 ) -> Explanation:
     """Answers a prompt greedily, or takes the answer that is given, and explains it.
 
@@ -175,28 +188,28 @@ def explain(
 
     Args:
         answer: the text to explain, followed by the end of the answer; by default what the model answers.
-        max_new_tokens: of an answer that is made.
+        max_new_tokens: of an answer that is made; fewer where the base's context ends.
         task: for a router that wants to be told (`oracle`).
 
     Raises:
-        UsageError: the prompt is blank, or `max_new_tokens` is below 1. InputError: prompt and answer are longer than the base's
+        UsageError: the prompt is blank or no text, or `max_new_tokens` is below 1. InputError: prompt and answer are longer than the base's
             context, or weights are not one row a token, as in experts that see only some tokens.
     """
-    check_prompt(prompt)
+    check_prompt(prompt, answer)
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens={max_new_tokens}.", "An answer has at least one token.", "Use 1 or more.")
     shot = Shot(prompt, answer or "")
     inputs = text.prompts(model.source, [[shot]])
     asked = inputs["input_ids"][0].tolist()
     given = [] if answer is None else _given(model, shot)
-    _check_length(model, len(asked), len(given) or 1)
+    room = _room(model, len(asked), len(given) or 1)
     with nullcontext() if task is None else model.labelled([task]), model.planned(inputs) as plan:
-        answered = _generated(model, inputs, max_new_tokens) if answer is None else given
+        answered = _generated(model, inputs, min(max_new_tokens, room or max_new_tokens)) if answer is None else given
         record: dict[str, Tensor] = {}
         with model.engine.control.set(record=record):
             loss_RT = nll(model, _batch(model, asked, answered, 1), None)
         why = None if plan is None or model.router is None else model.router.explain(plan)
-        routed_A, base_A, without = _removals(model, asked, answered, record, _answer(loss_RT, len(answered))[0])
+        routed_A, base_A, without = _removals(model, asked, answered, record, _answer(loss_RT, len(answered))[0], progress)
     share_LTE, share_TE, layers = _shares(model, record, len(asked), len(answered))
     mean_E = share_TE.mean(0).abs()
     number = {name: e for e, name in enumerate(model.names)}
@@ -225,14 +238,20 @@ def explain(
     )
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises UsageError where there is nothing to explain."""
+def check_prompt(prompt: str, answer: str | None = None) -> None:
+    """Raises UsageError where there is nothing to explain, or what no tokenizer takes."""
     if not prompt.strip():
-        raise UsageError("There is no prompt to explain.", "It is blank.", "Give some text.")
+        raise UsageError("A prompt cannot be used: it is empty.", "", "Give some text, or leave it out.")
+    if not is_text(Shot(prompt, answer or "")):
+        raise UsageError("A prompt or an answer cannot be used.", f"In it is {NO_TEXT}.", "Give it as UTF-8.")
 
 
-def _check_length(model: RoutedModel, asked: int, answered: int) -> None:
-    """Raises InputError where the base has no positions for so many tokens: each adapter would cost a forward that says nothing."""
+def _room(model: RoutedModel, asked: int, answered: int) -> int | None:
+    """How many tokens there are for an answer; None where nothing says.
+
+    Raises:
+        InputError: the base has no positions for prompt and answer. Each adapter would cost a forward that says nothing.
+    """
     size = None if model.source.encoder_decoder else getattr(model.config, "max_position_embeddings", None)
     if size is not None and asked + answered > size:
         raise InputError(
@@ -240,6 +259,7 @@ def _check_length(model: RoutedModel, asked: int, answered: int) -> None:
             f"The base's context is {size}.",
             "Shorten the prompt.",
         )
+    return None if size is None else int(size) - asked
 
 
 def _method(model: RoutedModel) -> str:
@@ -288,8 +308,9 @@ def _batch(model: RoutedModel, asked: Sequence[int], answered: Sequence[int], ro
 
 
 def _removals(
-    model: RoutedModel, asked: Sequence[int], answered: Sequence[int], record: Mapping[str, Tensor], routed_A: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    model: RoutedModel, asked: Sequence[int], answered: Sequence[int], record: Mapping[str, Tensor], routed_A: Tensor,
+    progress: Progress,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """The answer's log-probabilities as routed, by the base, and without each adapter that fired."""
     fired = sorted({e for w in record.values() for e in w.flatten(0, -2).ne(0).any(0).nonzero()[:, 0].tolist()})
     if not fired:
@@ -300,6 +321,8 @@ def _removals(
     keep_RE[-1] = 0  # the base
     size = max(1, _TOKENS // (len(asked) + len(answered)) - 1)
     change_RA = []
+    forwards = -(-len(keep_RE) // size)
+    step = (progress if forwards > 1 else silent)(forwards, "without each")
     for start in range(0, len(keep_RE), size):
         # Each batch has the whole mixture as its first row: a difference is taken within one forward.
         some_RE = torch.cat([torch.ones(1, count), keep_RE[start : start + size]])
@@ -310,6 +333,7 @@ def _removals(
         if start == 0:
             routed_A = logprob_RA[0]
         change_RA.append(logprob_RA[1:] - logprob_RA[0])
+        step()
     without_RA = routed_A + torch.cat(change_RA)
     return routed_A, without_RA[-1], {model.names[e]: without_RA[r] for r, e in enumerate(fired)}
 
@@ -344,23 +368,20 @@ def _shares(
     """Mean weights by layer and token [L, T, E] and by token [T, E], and the layers' names."""
     streams = {site: group.stream for group in model.engine.groups for site in group.sites}
     both = model.source.encoder_decoder
-    where = places(record)
     total, sites = torch.zeros(asked + answered, len(model.names)), torch.zeros(asked + answered, 1)
-    layers: dict[str, tuple[Tensor, Tensor]] = {}
-    for site, w in record.items():
-        w_TE, first, last = w.flatten(0, -2).cpu(), 0, asked + answered
+    sums_of: dict[str, tuple[Tensor, Tensor]] = {}
+    for site, layer in layers(record).items():
+        w_TE, first, last = record[site].flatten(0, -2).cpu(), 0, asked + answered
         if both:
             first, last = (0, asked) if streams[site] == "input" else (asked, asked + answered)
         else:
             w_TE = torch.cat([w_TE[:asked], w_TE[asked - 1 :]])
-        layer, kind = where[site]
-        name = kind if layer is None else f"{site.split('.')[0]} {layer}" if both else str(layer)
-        sums = layers.setdefault(name, (torch.zeros_like(total), torch.zeros_like(sites)))
+        sums = sums_of.setdefault(layer, (torch.zeros_like(total), torch.zeros_like(sites)))
         for sum_TE, count_T1 in ((total, sites), sums):
             sum_TE[first:last] += w_TE
             count_T1[first:last] += 1
-    share_LTE = torch.stack([sum_TE / count_T1 for sum_TE, count_T1 in layers.values()]) if layers else total[None][:0]
-    return share_LTE, total / sites.clamp(min=1), tuple(layers)
+    share_LTE = torch.stack([sum_TE / count_T1 for sum_TE, count_T1 in sums_of.values()]) if sums_of else total[None][:0]
+    return share_LTE, total / sites.clamp(min=1), tuple(sums_of)
 
 
 def _rounded(value: Any) -> float:

@@ -4,8 +4,6 @@ and by keyboard. The templates lie in ``templates/``; everything that is not mar
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,9 +11,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-from recycler.pictures import canvas, cost, routing, scores, similarity, tasks
+from recycler.pictures import canvas, cost, routing, scores, similarity, tasks, tokens
 from recycler.pictures.canvas import Cell
 from recycler.zoo import licences
 from recycler.zoo.untrusted import OBEYED
@@ -28,7 +25,8 @@ if TYPE_CHECKING:
     from recycler.reporting import Report
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_CELLS = 2000  # of a table that stands in the page itself; larger ones are in the CSV alone
+_CELLS = 20_000  # of a table that stands in the page itself; larger ones are in the CSV alone
+_PAIRS = 12  # of adapters most alike
 _SHORT = 120  # characters of a prompt where examples are listed
 
 BENCH = "recycle bench-routers --profile NAME --tasks test/*.jsonl --out bench/"
@@ -42,6 +40,7 @@ WANTED = {
     "licences": ("recycle fetch SOURCE...", "recycle zoo licences"),
 }
 """Section → the commands that would fill it."""
+_OF_A_MODEL = ("routing", "examples")  # whoever has one need not be told how to compose it
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Picture:
     @property
     def csv(self) -> str:
         """The CSV as a link."""
-        return "data:text/csv;charset=utf-8," + quote(canvas.as_csv(self.rows).encode("utf8", "replace"))
+        return canvas.csv_link(self.rows)
 
     @property
     def small(self) -> bool:
@@ -71,9 +70,10 @@ class Picture:
 
 def page(report: Report) -> str:
     """The whole page."""
-    from recycler.strips import slots, strip_css, strip_html, strip_js
+    from recycler.strips import policy, slots, strip_css, strip_html, strip_js
 
-    colours = slots([one for _, one in report.examples])
+    colours = slots([one for _, one, _ in report.examples])
+    composed = "router" in report.facts
     script = _file("report.js") + strip_js()
     roll = licences.roll_up({one.name: one.licence for one in report.origins})
     return _environment().get_template("report.html").render(
@@ -82,17 +82,22 @@ def page(report: Report) -> str:
         table=None if report.results is None else _table(report.results),
         pictures={one.name: one for one in _pictures(report)},
         examples=[
-            {"title": _line(task, one.prompt), "answer": one.answer, "strip": strip_html(one, colours)} for task, one in report.examples
+            {
+                "title": _line(task, one.prompt), "reference": reference, "strip": strip_html(one, colours),
+                "csv": canvas.csv_link(tokens.table(one)),
+            }
+            for task, one, reference in report.examples
         ],
+        closest=[] if report.cosines is None or len(report.cosines.adapters) < 4 else report.cosines.closest(_PAIRS),
         licences=[
             (one, ", ".join(licences.stated(one.licence)) or "none stated", _asks(one.licence)) for one in report.origins
         ],
         roll=roll.lines() if report.origins else [],
         disclaimer=licences.DISCLAIMER,
-        wanted=WANTED,
+        wanted={name: lines[composed and name in _OF_A_MODEL :] for name, lines in WANTED.items()},
         style=strip_css() + _file("report.css"),
         script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        policy=policy(script),
         made=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         version=version("recycler"),
     )  # fmt: skip
@@ -138,7 +143,9 @@ def _table(results: Results) -> dict[str, Any]:
             best = max((value for value in values if value is not None), default=0.0)
             verdict = results.by_task.get(group, {}).get(task, "")
             by_task.append((group, task, results.rows[group][task], [(value, value == best > 0) for value in values], verdict))
-    return {"rows": rows, "costs": list(costs), "by_task": by_task}
+    head: list[Cell] = ["rows of", "task", "rows", *(one.name for one in results.contenders), "verdict"]
+    lines = [[group, task, count, *(value for value, _ in values), verdict] for group, task, count, values, verdict in by_task]
+    return {"rows": rows, "costs": list(costs), "by_task": by_task, "csv": canvas.csv_link([head, *lines])}
 
 
 def _asks(licence: str | None) -> str:

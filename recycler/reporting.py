@@ -51,7 +51,7 @@ class Report:
     Attributes:
         title: the model's or the profile's name. facts: label → text, for the head of the page.
         results_from: in words, where the results are from.
-        examples: (task or None, explanation), each a prompt with its answer.
+        examples: (task or None, explanation, the reference or ""), each a prompt with its answer.
         missing: the adapters that were profiled, and that the zoo no longer holds.
     """
 
@@ -61,7 +61,7 @@ class Report:
     results_from: str = ""
     scores: TaskScores | None = None
     routing: LayerWeights | None = None
-    examples: Sequence[tuple[str | None, Explanation]] = ()
+    examples: Sequence[tuple[str | None, Explanation, str]] = ()
     cosines: Cosines | None = None
     origins: Sequence[Origin] = ()
     missing: Sequence[str] = ()
@@ -107,9 +107,11 @@ def report(
     asked = tuple(prompts)
     if model is None and (asked or tasks is not None):
         raise UsageError("Prompts and tasks are answered by a model.", "None was named.", "recycle report MODEL -p TEXT")
-    for prompt in asked:
-        if not prompt.strip():
-            raise UsageError("A prompt cannot be used: it is empty.", "", "Leave it out.")
+    if asked:
+        from recycler.explaining import check_prompt
+
+        for prompt in asked:
+            check_prompt(prompt)
     zoo = Zoo() if zoo is None else zoo
     results, told = (None, "") if bench is None else (read(bench), f"from {Path(bench).name}")
     if profile is not None and not isinstance(profile, Profile):
@@ -118,7 +120,7 @@ def report(
     if model is not None:
         gathered.model(model)
     shown = gathered.prompts(asked, tasks, rows)
-    examples: list[tuple[str | None, Explanation]] = []
+    examples: list[tuple[str | None, Explanation, str]] = []
     routing = None
     if model is not None and shown:
         from recycler.loading import load
@@ -148,7 +150,6 @@ def report(
         missing=gathered.missing,
     )
     text = page(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
     canvas.write_bytes(path, text.encode("utf8", "replace"))
     return path
 
@@ -161,12 +162,7 @@ def check_page(out: str | Path, force: bool = False) -> Path:
     """
     canvas.require()
     path = Path(out).expanduser()
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder.", "", "Choose a file: --out report.html")
-    if path.exists() and not force:
-        raise UsageError(
-            f"{path} exists.", "Nothing is overwritten unless asked.", "Choose another --out, or add --force.", code="E_EXISTS"
-        )
+    canvas.check_free(path, force)
     return path
 
 
@@ -261,7 +257,7 @@ def _evaluated(model: RoutedModel, tasks: Shots, rows: int | None, max_new_token
 
 def _explained(
     model: RoutedModel, shown: Sequence[tuple[str | None, Shot]], max_new_tokens: int, progress: Progress
-) -> list[tuple[str | None, Explanation]]:
+) -> list[tuple[str | None, Explanation, str]]:
     """The first prompts, answered. A chat row's last turn stands for it only in its template, which `explain` does not take."""
     from recycler.explaining import explain
 
@@ -269,7 +265,8 @@ def _explained(
     step = progress(len(chosen), "explaining")
     found = []
     for task, shot in chosen:
-        found.append((task, explain(model, shot.prompt, max_new_tokens=max_new_tokens, task=task)))
+        one = explain(model, shot.prompt, max_new_tokens=max_new_tokens, task=task, progress=progress)
+        found.append((task, one, shot.completion.strip()))
         step()
     return found
 

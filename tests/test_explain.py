@@ -226,7 +226,7 @@ def test_routers_that_decide_once_say_why(way: Way) -> None:
 
 
 def test_what_cannot_be_explained(model: RoutedModel) -> None:
-    with pytest.raises(UsageError, match="no prompt"):
+    with pytest.raises(UsageError, match="it is empty"):
         explain(model, " \n")
     with pytest.raises(UsageError, match="max_new_tokens=0"):
         explain(model, PROMPT, max_new_tokens=0)
@@ -316,7 +316,7 @@ def test_mistakes_are_said_before_the_model_is_loaded(way: Way, tmp_path: Path, 
             (["-p", PROMPT, "--html", page], "exists"),
             (["-p", PROMPT, "--html", tmp_path], "is a folder"),
             (["-p", "a", "-p", "b", "--answer", "c"], "-p was given 2 times, and --answer 1"),
-            (["-p", " "], "no prompt"),
+            (["-p", " "], "it is empty"),
             ([], "--prompt"),
         ):
             result = recycle(way.folder, *args)

@@ -24,6 +24,7 @@ from way import NAMES, PROMPTS, Way
 
 import recycler
 from recycler.cli import main
+from recycler.evaluation import BEYOND, UNTOLD
 from recycler.pictures import canvas, cost, heat, results, routing, scores, similarity, tasks
 from recycler.pictures.results import Contender, Mean, Results
 from recycler.pictures.routing import LayerWeights
@@ -312,6 +313,10 @@ def test_results_are_what_the_bench_wrote(bench: tuple[Path, Path], tmp_path: Pa
     again = results.read(lone)
     assert [one.means["all rows"] for one in again.contenders] == [one.means["held-in"] for one in found.contenders]
     assert again.helps is False and again.verdicts[0].startswith("Don't bother")
+    first, *_ = data["groups"]["held-in"]["by_task"]
+    for verdict, said in ((BEYOND, "Beyond the zoo"), (UNTOLD, "Too few rows to tell")):
+        data["groups"]["held-in"]["by_task"][first]["verdict"] = verdict
+        assert any(line.startswith(f"{said}, held-in") and first in line for line in results.parse(data, lone).verdicts)
     lone.rename(tmp_path / "evaluation.json")  # as `eval --record` keeps it in a model's folder
     assert results.read(tmp_path) == again
 

@@ -21,7 +21,7 @@ from way import Way, go
 import recycler
 from recycler.card import record_evaluation
 from recycler.cli import main
-from recycler.pictures import canvas, tasks
+from recycler.pictures import canvas, tasks, tokens
 from recycler.pictures.results import read
 from recycler.pictures.routing import LayerWeights
 from recycler.pictures.similarity import Cosines
@@ -32,6 +32,7 @@ from recycler.zoo.errors import InputError, UsageError
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = '"><script>window.hit = 1</script><img src=x onerror="window.hit = 1">'
+ASKED = ["Add 1 and b.", HOSTILE, "O 3 of the long,\nlong poem!"]
 SECTIONS = ["results", "cost", "tasks", "routing", "examples", "alike", "licences"]
 
 
@@ -53,7 +54,7 @@ def report(llama: Pico, tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
     out = recycler.report(
         way.folder, folder / "report.html", profile=way.profile, bench=folder / "bench",
-        prompts=["Add 1 and b.", HOSTILE, "O 3 of the long,\nlong poem!"], max_new_tokens=3, zoo=way.zoo,
+        prompts=ASKED, max_new_tokens=3, zoo=way.zoo,
     )  # fmt: skip
     return Made(way, folder / "bench", out)
 
@@ -206,17 +207,29 @@ def test_nothing_scrolls_sideways_but_boxes(report: Made, visit: Any, width: int
 def test_the_numbers_are_behind_every_picture(report: Made, visit: Any) -> None:
     tab = visit(report.page)
     links = tab.locator("a[download]")
-    assert links.count() == 5
     found = {}
-    for number in range(5):
+    for number in range(links.count()):
         link = links.nth(number)
+        name = link.get_attribute("download")
+        if name.startswith("tokens-"):
+            tab.select_option("#example", name.removeprefix("tokens-").removesuffix(".csv"))
         held = unquote(link.get_attribute("href").split(",", 1)[1])
         with tab.expect_download() as download:
             link.click()
-        assert download.value.suggested_filename == link.get_attribute("download")
+        assert download.value.suggested_filename == name
         assert Path(download.value.path()).read_text(encoding="utf8") == held
-        found[link.get_attribute("download")] = held
-    assert set(found) == {"scores.csv", "cost.csv", "tasks.csv", "routing.csv", "alike.csv"}
+        found[name] = held
+    drawn = {"scores.csv", "cost.csv", "tasks.csv", "routing.csv", "alike.csv"}
+    assert set(found) == drawn | {"by-task.csv", "tokens-1.csv", "tokens-2.csv", "tokens-3.csv"}
+    model = recycler.load(report.way.folder)
+    for number, prompt in enumerate(ASKED, 1):
+        told = parsed(canvas.as_csv(tokens.table(recycler.explain(model, prompt, max_new_tokens=3))))
+        assert parsed(found[f"tokens-{number}.csv"]) == told
+    by_task = parsed(found["by-task.csv"])
+    contenders = read(report.bench).contenders
+    assert by_task[0] == ["rows of", "task", "rows", *(one.name for one in contenders), "verdict"] and len(by_task) == 6
+    for group, task, _, *values, _ in by_task[1:]:
+        assert [float(value) for value in values] == pytest.approx([one.tasks[group][task] for one in contenders])
     assert found["tasks.csv"] == canvas.as_csv(tasks.table(TaskScores.of(report.way.profile)))
     rows = parsed(found["scores.csv"])
     assert [row[0] for row in rows[1:]] == [one.name for one in read(report.bench).contenders]
@@ -242,11 +255,17 @@ def test_strangers_cannot_write_markup(visit: Any, tmp_path: Path) -> None:
 
 
 def test_a_page_of_hundreds(visit: Any, tmp_path: Path) -> None:
-    names = tuple(f"organisation-{i % 9}-adapter-{i:03d}" for i in range(300))
+    """Hundreds of adapters on fifty tasks: small enough to mail, as long as a person scrolls, names that can be told apart, and every
+    number within reach."""
+    names = tuple(f"some-organisation-{i % 9}-adapter-of-rank-16-{i:03d}" for i in range(300))
+    asked = [f"task_number_{j}" for j in range(50)]
     angle = torch.linspace(0, 3, 300)
     content = Report(
         "large", {}, made(*names[:30]), "",
-        TaskScores("nll", names, names[:20], [[float((i + j) % 20) for j in range(20)] for i in range(300)], [9.0] * 20, {}),
+        TaskScores(
+            "nll", names, tuple(asked), [[float((i + j) % 50) for j in range(50)] for i in range(300)], [9.0] * 50,
+            {task: names[-1 - j] for j, task in enumerate(asked)},
+        ),
         LayerWeights(names, tuple(map(str, range(32))), [[1 / 300] * 32] * 300, 1),
         (), Cosines(names, torch.cos(angle[:, None] - angle[None]).tolist()),
         [Origin(name, f"org/{name}", "0" * 40, "apache-2.0") for name in names],
@@ -256,7 +275,12 @@ def test_a_page_of_hundreds(visit: Any, tmp_path: Path) -> None:
     assert file.stat().st_size < 8e6
     tab = visit(file, viewport={"width": 360, "height": 700})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
-    assert tab.locator("#alike table").count() == 0  # it is in the CSV
+    assert tab.evaluate("document.documentElement.scrollHeight") < 12_000
+    shown = [one for one in tab.locator("#tasks svg text").all_text_contents() if "rank" in one or "…" in one]
+    assert len(shown) == len(set(shown)) == 60 and all(any(one.endswith(name[-3:]) for one in shown) for name in names[-50:])
+    assert "60 of 300" in tab.locator("#tasks svg").text_content()
+    assert tab.locator("#tasks tbody tr").count() == 301  # behind a click: a find in the page opens it
+    assert tab.locator("#alike table").count() == 1  # the closest pairs; all of them are in the CSV
     assert len(parsed(unquote(tab.locator("#alike a[download]").get_attribute("href").split(",", 1)[1]))) == 301
 
 
@@ -267,6 +291,8 @@ def test_what_is_missing_names_its_command(report: Made, visit: Any, tmp_path: P
     assert drawn == ["tasks", "alike"] and tab.locator("#licences tbody tr").count() == 4
     for name in ("results", "cost", "routing", "examples"):
         assert tab.locator(f"#{name} pre").inner_text().strip().split("\n") == list(WANTED[name])
+    bare = visit(recycler.report(report.way.folder, out=tmp_path / "m.html", zoo=recycler.Zoo(tmp_path / "none")))
+    assert bare.locator("#routing pre").inner_text().strip().split("\n") == list(WANTED["routing"][1:])  # there is a model
     only = recycler.report(out=tmp_path / "b.html", bench=report.bench, zoo=report.way.zoo)
     assert [name for name in SECTIONS if visit(only).locator(f"#{name} svg").count()] == ["results", "cost"]
 

@@ -18,7 +18,20 @@ from way import PROMPTS
 import recycler
 from recycler.explain_page import page, write_page
 from recycler.explaining import LEAD, Explanation, explain
-from recycler.strips import COLOURS, DARK, details, legend_text, slots, strip_css, strip_html, strip_js, strip_text, visible
+from recycler.strips import (
+    COLOURS,
+    DARK,
+    OTHER,
+    OTHER_DARK,
+    details,
+    legend_text,
+    slots,
+    strip_css,
+    strip_html,
+    strip_js,
+    strip_text,
+    visible,
+)
 from recycler.zoo.errors import UsageError
 
 EVIL = '<img src=x onerror=alert(1)>"&\u202e'
@@ -77,15 +90,16 @@ def test_text_on_any_colour_can_be_read() -> None:
     css = strip_css()
     themes = [re.sub(r"\s", "", block) for block in re.findall(r":root\{([^}]*)\}", css)]
     assert len(themes) == 2
-    for block, colours in zip(themes, (COLOURS, DARK), strict=True):
+    for block, colours in zip(themes, ((*COLOURS, OTHER), (*DARK, OTHER_DARK)), strict=True):
         told = dict(part.split(":") for part in block.split(";") if part)
         ink, paper, strength = told["--strip-ink"], told["--strip-paper"], float(told["--strip-strength"].rstrip("%")) / 100
         paper = "#ffffff" if paper == "#fff" else paper
         assert contrast(told["--strip-muted"], paper) >= 4.5
         assert min(contrast(ink, mixed(colour, paper, strength)) for colour in colours) >= 4.5
-    for e in range(len(COLOURS)):
-        row = [float(e == other) for other in range(len(COLOURS))]
-        [span] = strip_text(drawn([[0.0] * 7, row]), {name: n for n, name in enumerate("abcdefg")}).spans[1:]
+    count = len(COLOURS) + 1
+    for e in range(count):
+        row = [float(e == other) for other in range(count)]
+        [span] = strip_text(drawn([[0.0] * count, row]), {name: n for n, name in enumerate("abcdefgh")}).spans[1:]
         ink, _, ground = str(span.style).partition(" on ")
         assert ink == "black" and contrast("#000000", ground) >= 4.5
 

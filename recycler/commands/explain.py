@@ -55,9 +55,10 @@ def explain_command(
       recycle explain model/ -p "What is 2 + 2?" --answer " 5" --json
       recycle explain model/ -p "2 + 2" -p "Ode to a mouse" --html why.html
     """
-    from recycler.explain_page import check_page, write_page
+    from recycler.explain_page import write_page
     from recycler.explaining import SCHEMA_VERSION, check_prompt, explain
     from recycler.loading import load
+    from recycler.pictures.canvas import check_free
     from recycler.terminal import bars, say
 
     if answers and len(prompts) == 1:
@@ -66,10 +67,10 @@ def explain_command(
         raise UsageError(
             f"-p was given {len(prompts)} times, and --answer {len(answers)}.", "", "Give each -p its --answer, in their order."
         )
-    for prompt in prompts:
-        check_prompt(prompt)
+    for prompt, answer in zip(prompts, answers or [None] * len(prompts), strict=True):
+        check_prompt(prompt, answer)
     if html_file:
-        check_page(Path(html_file), force)
+        check_free(Path(html_file), force, option="--html")
     model = load(model_path, base=base, device=device, dtype=dtype)
     for warning in model.warnings:
         say(f"warning: {warning}")
@@ -77,7 +78,7 @@ def explain_command(
     with bars() as progress:
         step = progress(len(prompts), "explaining")
         for prompt, answer in zip(prompts, answers or [None] * len(prompts), strict=True):
-            found.append(explain(model, prompt, answer, max_new_tokens=max_new_tokens, task=task))
+            found.append(explain(model, prompt, answer, max_new_tokens=max_new_tokens, task=task, progress=progress))
             step()
     if html_file:
         say(f"page: {write_page(found, Path(html_file), force=force)}")
@@ -93,15 +94,15 @@ def explain_command(
 
 
 def _show(one: Explanation, colours: Slots) -> None:
+    from rich.console import Console
+
+    from recycler.strips import legend_text, strip_text
     from recycler.terminal import say
 
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        from recycler.strips import legend_text, strip_text
-
-        console = Console(highlight=False)
-        console.print(strip_text(one, colours), legend_text(one, colours), sep="\n\n")
+    console = Console(highlight=False)
+    if console.color_system is not None and not console.no_color:  # else a strip would say nothing
+        few = console.color_system == "standard"
+        console.print(strip_text(one, colours, few=few), legend_text(one, colours, few=few), sep="\n\n")
         console.print()
     else:
         _tokens(one)
@@ -118,7 +119,7 @@ def _adapters(one: Explanation) -> None:
 
     drawn = sys.stdout.isatty()
     effect, asked, answered = one.effect, one.share_of(0, one.begins), one.share_of(one.begins, len(one.tokens))
-    shown = one.fired[:_ROWS] if drawn else one.fired
+    shown = one.chief(_ROWS) if drawn else one.fired
     header = ["adapter", "prompt", "answer", "effect", *(["by layer, first to last"] if drawn else [])]
     rows = [
         [name, f"{asked[name]:.1%}", f"{answered[name]:.1%}", signed(effect[name]), *([_by_layer(one, name)] if drawn else [])]
@@ -136,9 +137,9 @@ def _by_layer(one: Explanation, name: str) -> str:
     return blocks(one.share_LE[:, one.adapters.index(name)].tolist())
 
 
-def blocks(column: Sequence[float]) -> str:
+def blocks(column: Sequence[float], most: int = _COLUMNS) -> str:
     """Shares by layer, a block each; neighbours share one where there are many layers."""
-    each = -(-len(column) // _COLUMNS)
+    each = -(-len(column) // most)
     means = [sum(part) / len(part) for part in (column[at : at + each] for at in range(0, len(column), each))]
     return "".join(_BLOCKS[min(8, round(8 * abs(mean)))] for mean in means)
 

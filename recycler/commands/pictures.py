@@ -72,7 +72,8 @@ def plot_routing(
       recycle plot routing model/ -p "What is 2 + 2?" --out routing.png
       recycle plot routing model/ tasks/*.jsonl --rows 2 --out routing.svg
     """
-    from recycler.composition import load
+    from recycler.explaining import check_prompt
+    from recycler.loading import load
     from recycler.pictures import canvas, routing
     from recycler.shots import Shot, Shots
 
@@ -80,8 +81,8 @@ def plot_routing(
         raise UsageError(
             "Prompts are needed, from -p or from files, and not from both.", "", "recycle plot routing MODEL -p TEXT"
         )
-    if not all(prompt.strip() for prompt in prompts):
-        raise UsageError("A prompt cannot be used: it is empty.", "", "Leave it out.")
+    for prompt in prompts:
+        check_prompt(prompt)
     canvas.check_out(out, force)
     shown: list[tuple[str | None, Shot]] = [(None, Shot(prompt, "")) for prompt in prompts]
     if files:
@@ -89,6 +90,38 @@ def plot_routing(
     model = load(model_path, base=base, device=device, dtype=dtype)
     found = routing.LayerWeights.of(model, [shot for _, shot in shown], tasks=[task for task, _ in shown])
     _keep(routing, found, out, force)
+
+
+@plot_group.command(name="tokens")
+@click.argument("model_path", metavar="MODEL")
+@click.option("-p", "--prompt", required=True, help="The prompt.")
+@click.option("--answer", help="Show this answer to it, in place of the model's own.")
+@click.option("--task", help="The prompt's task, for routers that want to be told (`oracle`).")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@_kept
+@with_base
+@on_device
+def plot_tokens(
+    model_path: str, prompt: str, answer: str | None, task: str | None, max_new_tokens: int, out: str, force: bool, base: str | None,
+    device: str | None, dtype: str,
+) -> None:  # fmt: skip
+    """Who answered, token by token. Prompt and answer in the colours of adapters, as `recycle explain` shows them.
+
+    \b
+    Example:
+      recycle plot tokens model/ -p "What is 2 + 2?" --out tokens.svg
+    """
+    from recycler.explaining import check_prompt, explain
+    from recycler.loading import load
+    from recycler.pictures import canvas, tokens
+    from recycler.terminal import bars
+
+    check_prompt(prompt, answer)
+    canvas.check_out(out, force)
+    model = load(model_path, base=base, device=device, dtype=dtype)
+    with bars() as progress:
+        found = explain(model, prompt, answer, max_new_tokens=max_new_tokens, task=task, progress=progress)
+    _keep(tokens, found, out, force)
 
 
 @plot_group.command(name="similarity")

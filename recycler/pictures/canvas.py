@@ -16,8 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from recycler.zoo.errors import UsageError
+from recycler.zoo.store import require_writable
 from recycler.zoo.untrusted import printable
 
 if TYPE_CHECKING:
@@ -103,9 +105,9 @@ def axes(made: Figure, left: float, top: float, width: float, height: float) -> 
 
 
 def short(name: str, limit: int = 28) -> str:
-    """A name as a label."""
+    """A name as a label. A long one loses its middle: adapters of one maker begin alike, and end differently."""
     shown = printable(name, 200)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]}…{shown[limit // 2 + 1 - limit :]}"
 
 
 def width_of(names: Sequence[str], size: float = NORMAL) -> float:
@@ -147,11 +149,16 @@ def as_csv(rows: Sequence[Sequence[Cell]]) -> str:
     return out.getvalue()
 
 
+def csv_link(rows: Sequence[Sequence[Cell]]) -> str:
+    """A table as CSV, as the address of a link in a page that loads nothing."""
+    return "data:text/csv;charset=utf-8," + quote(as_csv(rows).encode("utf8", "replace"))
+
+
 def check_out(out: str | Path, force: bool = False) -> tuple[Path, Path]:
     """(the picture's file, its CSV's), before any work is done for them.
 
     Raises:
-        UsageError: the ending is no picture's, one of the two exists, or matplotlib is missing.
+        UsageError: the ending is no picture's, one of the two exists, or matplotlib is missing. OSError: as `check_free`.
     """
     require()
     path = Path(out).expanduser()
@@ -160,17 +167,30 @@ def check_out(out: str | Path, force: bool = False) -> tuple[Path, Path]:
             f"{path} is no {' and no '.join(FORMATS)} file.", "The ending says what to draw.", "Use --out picture.png"
         )
     beside = path.with_suffix(".csv")
-    for file in (path, beside):
-        if file.is_dir():
-            raise UsageError(f"{file} is a folder.", "", "Choose another --out.")
-        if file.exists() and not force:
-            raise UsageError(
-                f"{file} exists.",
-                f"{'The numbers of the picture go there. ' if file == beside else ''}Nothing is overwritten unless asked.",
-                "Choose another --out, or add --force.",
-                code="E_EXISTS",
-            )
+    check_free(path, force)
+    check_free(beside, force, why="The numbers of the picture go there. ")
     return path, beside
+
+
+def check_free(path: Path, force: bool = False, *, option: str = "--out", why: str = "") -> None:
+    """Whether a file may be written, before any work is done for it.
+
+    Args:
+        option: that chose it. why: it is written at all.
+
+    Raises:
+        UsageError: it is a folder, or it exists and not `force`. OSError: its folder cannot be written.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.", "", f"Choose a file for {option}.")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} exists.",
+            f"{why}Nothing is overwritten unless asked.",
+            f"Choose another {option}, or add --force.",
+            code="E_EXISTS",
+        )
+    require_writable(path.parent)
 
 
 def keep(made: Figure, rows: Sequence[Sequence[Cell]], out: str | Path, *, force: bool = False) -> tuple[Path, Path]:
@@ -180,7 +200,6 @@ def keep(made: Figure, rows: Sequence[Sequence[Cell]], out: str | Path, *, force
         UsageError: as `check_out`.
     """
     path, beside = check_out(out, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = rendered(made, path.suffix.lower())
     write_bytes(beside, as_csv(rows).encode("utf8", "replace"))
     write_bytes(path, content)
@@ -188,7 +207,8 @@ def keep(made: Figure, rows: Sequence[Sequence[Cell]], out: str | Path, *, force
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """All of a file, or nothing."""
+    """All of a file, or nothing; its folder is made where there is none."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         temporary.write_bytes(content)
@@ -250,11 +270,12 @@ def inline(made: Figure, name: str, alt: str) -> str:
         "role": "img",
         "aria-label": alt,
         "viewBox": f"0 0 {width} {height}",
-        "style": f"width: {wide * 4 / 3:.0f}px; min-width: {wide:.0f}px; stroke-linejoin: round",
+        "style": f"width: {wide * 4 / 3:.0f}px; min-width: {wide * _READABLE:.0f}px; stroke-linejoin: round",
     }
     return ElementTree.tostring(root, encoding="unicode").strip()
 
 
+_READABLE = 1.25  # pixels a point, below which a page lets a picture scroll: small text is 10 pixels high then
 _REFERENCE = re.compile(r"(?<=#)[\w-]+(?=\))|(?<=^#)[\w-]+$")
 _FONT = re.compile(r"font-family: [^;]*;? ?")
 

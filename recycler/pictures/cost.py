@@ -85,22 +85,26 @@ def _names(place: Axes, points: list[tuple[float, float, str]]) -> None:
     for (x, y), (cost, value, name) in sorted(zip(dots, points, strict=True), key=lambda one: -one[0][1]):
         text = place.annotate(name, (cost, value), xytext=(7, 0), textcoords="offset points", fontsize=SMALL, color=INK, va="center", annotation_clip=False, bbox=around)  # fmt: skip
         size = text.get_window_extent(renderer)
+        others = [dot for dot in dots if math.dist(dot, (x, y)) > 1]
         best: tuple[float, int, int, tuple[float, float, float, float]] | None = None
         for rank, (dx, dy) in enumerate(steps):
             left = x + 0.09 * inch if dx > 0 else x - 0.09 * inch - size.width
             bottom = y - size.height / 2 + dy * size.height * 0.55
             found = (left, bottom, left + size.width, bottom + size.height)
             over = sum(_common(found, other) for other in taken)
+            # A name that is nearer to somebody else's point would be read as that point's: it rather moves away.
+            end = (found[0] if dx > 0 else found[2], (found[1] + found[3]) / 2)
+            over += 40 * sum(math.dist(end, dot) < math.dist(end, (x, y)) for dot in others)
             over += 1e4 * (found[2] > box.x1 + 0.5 * inch or found[0] < box.x0 or found[1] < box.y0 or found[3] > box.y1 + 4)
-            if best is None or over + rank * 2 < best[0]:
-                best = (over + rank * 2, dx, dy, found)
+            if best is None or over * 20 + rank * 2 < best[0]:
+                best = (over * 20 + rank * 2, dx, dy, found)
         assert best is not None
         _, dx, dy, found = best
         taken.append(found)
         points_up = dy * size.height * 0.55 / inch * 72
         text.set_position((6.5 if dx > 0 else -6.5, points_up))
         text.set_horizontalalignment("left" if dx > 0 else "right")
-        if abs(dy) > 2:
+        if dy:
             edge = (6 if dx > 0 else -6, points_up)
             place.annotate("", (cost, value), xytext=edge, textcoords="offset points", arrowprops={"arrowstyle": "-", "color": RULE, "lw": 0.7, "shrinkA": 0, "shrinkB": 2})  # fmt: skip
 

@@ -46,6 +46,7 @@ def heat(
     columns: Sequence[str],
     digits: int | None = 2,
     right: bool = False,
+    note: str = "",
 ) -> None:
     """Cells in an axes that is there.
 
@@ -55,6 +56,7 @@ def heat(
         rows, columns: their names.
         digits: writes numbers into cells that have room; None for never.
         right: names of rows stand on the right.
+        note: stands below.
     """
     import numpy as np
 
@@ -70,11 +72,8 @@ def heat(
     if right:
         place.yaxis.tick_right()
     steps = [canvas.label_axis(place, which, names, room) for which, names, room in (("x", columns, wide), ("y", rows, high))]
-    if max(steps) > 1:
-        place.annotate(
-            f"one name in {max(steps)} is shown; the CSV has all", (0, 0), (0, -4), "axes fraction", "offset points",
-            fontsize=SMALL, color=MUTED, va="top",
-        )  # fmt: skip
+    note = f"one name in {max(steps)} is shown; the CSV has all" if max(steps) > 1 else note
+    place.annotate(note, (0, 0), (0, -4), "axes fraction", "offset points", fontsize=SMALL, color=MUTED, va="top")
     if min(wide / across, high / count) >= 0.09:
         place.hlines(np.arange(count + 1) - 0.5, -0.5, across - 0.5, colors=RULE, linewidth=0.5)
         place.vlines(np.arange(across + 1) - 0.5, -0.5, count - 0.5, colors=RULE, linewidth=0.5)

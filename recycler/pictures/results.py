@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recycler.zoo.errors import InputError, UsageError
+from recycler.zoo.errors import InputError, UsageError, shorten
 
 _KINDS = ("static", "sequence", "token")
 ROWS = "all rows"  # the one group of an evaluation
 _NEWEST = 1  # schema_version of both
+_FEW = (  # what is said of a task → of all such tasks
+    ("beyond the zoo: don't bother", "Beyond the zoo{}, where nothing scores clearly above the base"),
+    ("too few rows to tell", "Too few rows to tell{}, where something may score above the base"),
+)
 
 
 class Mean(NamedTuple):
@@ -83,15 +87,15 @@ class Results:
         costs: Mapping[str, Any] = data.get("costs", {})
         first = next(iter(groups.values()))
         contenders = [_contender(name, groups, costs.get(name, {})) for name in first["contenders"]]
-        beyond = {name: tasks for name, tasks in data.get("beyond_the_zoo", {}).items() if tasks}
-        if "groups" not in data:
-            beyond = {"": [task for task, one in data["by_task"].items() if one["verdict"].startswith("beyond")]}
+        by_task = {
+            name: {task: str(one["verdict"]) for task, one in group["by_task"].items()} for name, group in groups.items()
+        }
         verdicts = [str(data["recommendation"] if "groups" in data else data["verdict"])]
-        for name, tasks in beyond.items():
-            where = f", {name}" if name else ""
-            verdicts += (
-                [f"Beyond the zoo{where}, where nothing scores clearly above the base: {', '.join(tasks)}."] if tasks else []
-            )
+        for name, judged in by_task.items():
+            where = f", {name}" if "groups" in data else ""
+            for verdict, what in _FEW:
+                if tasks := [task for task, said in judged.items() if said == verdict]:
+                    verdicts.append(f"{what.format(where)}: {shorten(tasks, 12)}.")
         return cls(
             tuple(sorted(contenders, key=lambda one: one.kind != "baseline")),
             tuple(groups),
@@ -99,7 +103,7 @@ class Results:
             tuple(verdicts),
             not verdicts[0].startswith(("Don't", "Nothing")),
             {str(label): str(why) for label, why in data.get("failed", {}).items()},
-            {name: {task: str(one["verdict"]) for task, one in group["by_task"].items()} for name, group in groups.items()},
+            by_task,
         )
 
 

@@ -103,8 +103,8 @@ def _tree(place: Any, tree: Any, count: int) -> None:
 
     found = dendrogram(tree, no_plot=True)
     # A leaf lies at 5, 15, 25, ... there, and at 0, 1, 2, ... here.
-    far, near = float(tree[:, 2].max()), float(tree[:, 2].min())
-    near = max(near - max((far - near) * 0.15, 1e-6), 0.0)  # leaves begin a little before the first two join
+    far, first = float(tree[:, 2].max()), float(tree[:, 2].min())
+    near = max(first - max((far - first) * 0.15, 1e-6), 0.0)  # leaves begin a little before the first two join
     lines = [
         [(max(x, near), (y - 5) / 10) for x, y in zip(d, i, strict=True)]
         for i, d in zip(found["icoord"], found["dcoord"], strict=True)
@@ -114,7 +114,7 @@ def _tree(place: Any, tree: Any, count: int) -> None:
     place.set_ylim(count - 0.5, -0.5)
     place.set_yticks([])
     place.xaxis.tick_top()
-    place.set_xticks([far, near], [f"{1 - end:.2f}".replace("-", "−") for end in (far, near)])
+    place.set_xticks([far, first], [_cosine(1 - end) for end in (far, first)])
     for tick, side in zip(place.get_xticklabels(), ("left", "right"), strict=True):
         tick.set_horizontalalignment(side)
     place.tick_params(labelsize=canvas.SMALL, labelcolor=MUTED, length=2)
@@ -122,6 +122,11 @@ def _tree(place: Any, tree: Any, count: int) -> None:
     place.xaxis.set_label_position("top")
     place.spines[["left", "bottom"]].set_visible(False)
     place.spines["top"].set_visible(True)
+
+
+def _cosine(value: float) -> str:
+    text = f"{value:.2f}".replace("-", "−")
+    return text.lstrip("−") if not text.strip("−0.") else text
 
 
 def table(data: Cosines) -> list[list[Cell]]:

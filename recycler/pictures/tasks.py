@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from recycler.profiles import Profile
 
+_ROWS = 60  # drawn at most: with hundreds, no name could be read
 SCORES = {"nll": "gain over the base in NLL, nats a token", "exact": "gain over the base in exact match"}
 
 
@@ -66,13 +67,19 @@ class TaskScores:
         best = [max(range(len(row)), key=row.__getitem__) for row in gains]
         return sorted(range(len(gains)), key=lambda e: (gains[e][best[e]] <= 0, best[e], -gains[e][best[e]], self.adapters[e]))
 
+    def shown(self, count: int = _ROWS) -> list[int]:
+        """`order`, of so many at most: whoever is the one to use for a task, then those that gain most anywhere."""
+        gains, owners, order = self.gains(), set(self.owner.values()), self.order()
+        wanted = sorted(order, key=lambda e: (self.adapters[e] not in owners, -max(gains[e])))[:count]
+        return [e for e in order if e in set(wanted)]
+
 
 def draw(data: TaskScores) -> Figure:
     """Adapters down, tasks across; a square marks the adapter to use for a task."""
     from recycler.pictures.heat import above, extent, head, heat
 
     with canvas.drawing():
-        order, gains = data.order(), data.gains()
+        order, gains = data.shown(), data.gains()
         rows = [gains[e] for e in order]
         wide = extent(len(data.tasks), 0.5 if len(data.tasks) <= 20 else 0.2)
         high = extent(len(order), 0.26 if len(order) <= 40 else 0.155)
@@ -84,7 +91,9 @@ def draw(data: TaskScores) -> Figure:
         note = "□ the adapter to use when the task is known" if data.owner else ""
         head(made, "Adapters on tasks: " + SCORES[data.score], full, -full if least < 0 else 0.0, note, beyond=least < -full)
         place = canvas.axes(made, left, top, wide, high)
-        heat(place, rows, full, rows=[data.adapters[e] for e in order], columns=data.tasks)
+        left_out = len(data.adapters) - len(order)
+        told = f"the {len(order)} of {len(data.adapters)} adapters that help most; the CSV has all" if left_out else ""
+        heat(place, rows, full, rows=[data.adapters[e] for e in order], columns=data.tasks, note=told)
         at = {data.adapters[e]: row for row, e in enumerate(order)}
         marks = [(c, at[data.owner[task]]) for c, task in enumerate(data.tasks) if data.owner.get(task) in at]
         cell = min(wide / len(data.tasks), high / len(order)) * 72
