@@ -67,7 +67,15 @@ def rendered(markdown: str, path: str) -> str:
     for marker, made in (("commands", commands), ("policies", policies), ("kinds", kinds)):
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
-    return re.sub(r"<!-- include: ([^#>]+?)(?:#([^>]+?))? -->", lambda found: include(found[1], found[2]), markdown)
+    markdown = re.sub(r"<!-- include: ([^#>]+?)(?:#([^>]+?))? -->", lambda found: include(found[1], found[2]), markdown)
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
+    return "".join(part if part.startswith("```") else re.sub(r"^\|.*$", _breaks, part, flags=re.M) for part in parts)
+
+
+def _breaks(row: re.Match[str]) -> str:
+    """A row of a table, in which an interval is not broken, and method:option=value may be."""
+    text = re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", row[0])
+    return re.sub(r"^\| [*\w:=]+", lambda found: found[0].replace(":", ":<wbr>"), text)
 
 
 def include(file: str, heading: str | None = None) -> str:
@@ -145,11 +153,14 @@ def readme_rows(name: str) -> str:
     table: list[str] = next((t.splitlines() for t in tables if t.startswith("| method | held-in |")), [])
     if not table:
         raise ValueError("README.md has no table that begins with | method | held-in |")
-    by_name = {line.split("|")[1].strip().split(":")[0]: line for line in table[2:]}
-    if name not in by_name:
+    beside = ("base", "best single", "uniform", "oracle")
+    named = [(line.split("|")[1].strip(), line) for line in table[2:]]
+    own = [line.replace(f"| {key}", f"| **{key}**", 1) for key, line in named if key.split(":")[0] == name]
+    if not own:
         return ""
-    beside = [line for key, line in by_name.items() if key in ("base", "best single", "uniform", "oracle") and key != name]
-    return "\n".join([*table[:2], *beside, by_name[name].replace(f"| {name}", f"| **{name}**", 1)]) + (
+    rows = [*table[:2], *(line for key, line in named if key in beside and key != name), *own]
+    rows = ["|".join(row.split("|")[:-2]) + "|" for row in rows]  # without the last column: what it needs stands above
+    return "\n".join(rows) + (
         "\n\nExact match on rows that nothing was fitted on; what the columns are, and how it was measured: [Which one?](../choosing.md)"
     )
 

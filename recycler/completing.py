@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +26,11 @@ def script(main: click.Command, shell: str) -> str:
     """The script that a shell reads once, by ``eval``, to complete ``recycle``."""
     kind = get_completion_class(shell)
     assert kind is not None, shell
-    return kind(main, {}, "recycle", _VARIABLE).source()
+    made = kind(main, {}, "recycle", _VARIABLE).source()
+    if shell == "zsh":  # whose completion is off until it is asked for, and click's script takes it for granted
+        first, _, rest = made.partition("\n")
+        made = f"{first}\n(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -i }}\n{rest}"
+    return made
 
 
 def attach(group: click.Group) -> None:
@@ -80,6 +83,8 @@ def adapters(ctx: click.Context) -> Iterable[str]:
     zoo = _zoo(ctx)
     data = json.loads((zoo / "zoo.json").read_text(encoding="utf8"))
     if "journal" in data:  # a large zoo's later ones stand in its index
+        import sqlite3
+
         try:
             with closing(sqlite3.connect(f"{(zoo / 'cache' / 'index.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as index:
                 return [name for (name,) in index.execute("SELECT name FROM adapters")]

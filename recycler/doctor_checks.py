@@ -1,19 +1,24 @@
-"""What `recycle doctor` looks at, one function each: installation, machine, Hub, disk, encoder, tokenizer, template, numbers.
+"""What `recycle doctor` looks at, one function each: installation, machine, Hub, disk, encoder, files, tokenizer, template, numbers.
 
 Each takes what it examines and a list of notes to write into; none changes anything, and none raises.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from recycler.doctor_notes import Notes
+from recycler.environment import masked
 from recycler.zoo.errors import shorten
 from recycler.zoo.inspect import printable
 
@@ -24,10 +29,23 @@ if TYPE_CHECKING:
 
 _SENTENCE = "The quick brown fox jumps over 13 lazy dogs."
 _FEW_BYTES, _NO_BYTES = 2e9, 1e8
+_MODULES = ("torch", "safetensors", "huggingface_hub", "transformers", "accelerate", "peft")  # each needs those before it
+_DRIVER = Path("/proc/driver/nvidia")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+# Of a norm beside its peers: as recycle zoo check has them.
+_Z, _UNIT, _FACTOR, _FEWEST = 3.5, 0.1, 3.0, 4
 
 
-def installation(notes: Notes) -> None:
-    """Versions of what recycler needs, against the ranges that it declares."""
+def installation(notes: Notes) -> bool:
+    """Whether what recycler needs is there and can be imported; versions against the ranges that it declares."""
     from packaging.requirements import Requirement
 
     wrong, missing = [], []
@@ -54,6 +72,45 @@ def installation(notes: Notes) -> None:
     names = ("recycler", "torch", "transformers", "peft", "huggingface-hub")
     held = [f"{name} {version(name)}" for name in names if name not in missing]
     notes.ok("versions", f"Python {platform.python_version()}, {', '.join(held)}")
+    return not missing and all(_imports(notes, name) for name in _MODULES)
+
+
+def _imports(notes: Notes, name: str) -> bool:
+    try:
+        import_module(name)
+    except Exception as error:  # a library of the system that is missing, a half-finished upgrade, a build for another machine
+        builds = "; builds for a CPU and for each CUDA: https://pytorch.org/get-started" if name == "torch" else ""
+        notes.problem(
+            "installation", f"{name} cannot be imported: {type(error).__name__}: {printable(error, 200)}.",
+            "Nothing works without it.", f"Install it anew: pip install --force-reinstall {name.replace('_', '-')}{builds}",
+        )  # fmt: skip
+        return False
+    return True
+
+
+def extras(notes: Notes) -> None:
+    """Which optional parts can be used."""
+    from packaging.requirements import Requirement
+
+    here: list[str] = []
+    absent: list[str] = []
+    for extra in metadata("recycler").get_all("Provides-Extra") or ():
+        needed = [Requirement(line) for line in requires("recycler") or ()]
+        asked = [
+            one.name for one in needed if one.marker and one.marker.evaluate({"extra": extra}) and "extra" in str(one.marker)
+        ]
+        if extra in ("dev", "docs") or not asked:
+            continue
+        (here if all(_there(name) for name in asked) else absent).append(extra)
+    said = f"extras: {', '.join(here) or 'none'}"
+    notes.ok("installation", said + (f"; without {', '.join(absent)} (pip install 'recycler[NAME]')" if absent else ""))
+
+
+def _there(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def versions_then(notes: Notes, then: Mapping[str, str]) -> None:
@@ -67,7 +124,8 @@ def versions_then(notes: Notes, then: Mapping[str, str]) -> None:
         )  # fmt: skip
 
 
-def machine(notes: Notes) -> None:
+def machine(notes: Notes, driver: Path = _DRIVER) -> None:
+    """Devices and memory; `driver` is where Linux shows that there is one of NVIDIA's."""
     import psutil  # type: ignore[import-untyped]  # accelerate brings it
     import torch
 
@@ -77,12 +135,22 @@ def machine(notes: Notes) -> None:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         room = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
         cards = ", ".join(f"{n} ({f / 1e9:.1f} of {t / 1e9:.1f} GB free)" for n, (f, t) in zip(names, room, strict=True))
-        notes.ok("device", f"{cards}; {free}")
-    elif torch.version.cuda is not None and Path("/proc/driver/nvidia").exists():
+        try:
+            torch.ones(1, device="cuda").add(1).item()
+            notes.ok("device", f"{cards}; {free}")
+        except RuntimeError as error:  # a build without kernels for this card
+            notes.problem(
+                "device", f"torch {torch.__version__} cannot compute on {cards}: {printable(error, 160)}.",
+                "The build has no code for this card, or the card is in use or at fault.",
+                "Install torch's build for it (https://pytorch.org/get-started), or use --device cpu.",
+            )  # fmt: skip
+    elif driver.exists():
+        built = f"its build is for CUDA {torch.version.cuda}" if torch.version.cuda else "its build is for CPUs only"
         notes.suspect(
-            "device", "There is an NVIDIA driver, and torch sees no device.", "All runs on the CPU, many times slower.",
-            "Check nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must be as new as torch's CUDA "
-            f"({torch.version.cuda}).",
+            "device", f"There is an NVIDIA driver, and torch {torch.__version__} sees no device: {built}.",
+            "All runs on the CPU, many times slower.",
+            "Check nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must be as new as the build's CUDA."
+            if torch.version.cuda else "Install a build for CUDA: https://pytorch.org/get-started",
         )  # fmt: skip
     else:
         notes.ok("device", f"CPU, {os.cpu_count()} cores; {free}")
@@ -99,16 +167,17 @@ def hub(notes: Notes) -> None:
 
     token = "a token is set" if get_token() else "no token: what is gated or private cannot be fetched"
     if os.environ.get("HF_HOME"):
-        token += f"; HF_HOME is {os.environ['HF_HOME']}"
+        token += f"; HF_HOME is {masked('HF_HOME', os.environ['HF_HOME'])}"
     if constants.HF_HUB_OFFLINE:
         notes.ok("hub", f"offline mode is on (HF_HUB_OFFLINE): only what is in the zoo and the cache can be used; {token}")
         return
+    endpoint = masked("HF_ENDPOINT", constants.ENDPOINT)
     try:
         get_session().head(constants.ENDPOINT, timeout=4)  # any answer will do
-        notes.ok("hub", f"{constants.ENDPOINT} answers; {token}")
+        notes.ok("hub", f"{endpoint} answers; {token}")
     except Exception as error:  # whatever the client raises: no network, no proxy, no name
         notes.suspect(
-            "hub", f"{constants.ENDPOINT} cannot be reached.", f"{type(error).__name__}: {printable(error, 160)}.",
+            "hub", f"{endpoint} cannot be reached.", f"{type(error).__name__}: {masked('', printable(error, 160))}.",
             "What is in the zoo and in the cache needs no network; set HF_HUB_OFFLINE=1 to say so. Else check network, proxy and "
             "HF_ENDPOINT.",
         )  # fmt: skip
@@ -123,8 +192,14 @@ def disk(notes: Notes, places: Mapping[str, Path]) -> None:
         if free < _FEW_BYTES:
             note = notes.problem if free < _NO_BYTES else notes.suspect
             note("disk", f"Only {free / 1e6:.0f} MB are free for the {what} ({path}).", fix="Make room, or move it.")
-        if not os.access(there, os.W_OK):
-            notes.suspect("disk", f"{path} cannot be written.", fix="Choose another folder: RECYCLE_ZOO, HF_HOME.")
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = (
+                "It, or a folder above it, is a file."
+                if not there.is_dir()
+                else "It may not be, or its file system is read-only."
+            )
+            fix = "What is there can be read. Choose another folder for more: RECYCLE_ZOO, HF_HOME."
+            notes.suspect("disk", f"The {what} ({path}) cannot be written.", why, fix)
     notes.ok("disk", ", ".join(said))
 
 
@@ -146,6 +221,43 @@ def encoder(notes: Notes, method: str | None = None) -> None:
         )  # fmt: skip
     else:
         notes.ok("encoder", "no sentence encoder here: classifier, retrieval, glider and skills would fetch it")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a base's folder lacks to be one: its config, weights (each shard that the index names), a tokenizer."""
+    held = {path.name for path in folder.iterdir()}
+    missing = [] if "config.json" in held else ["config.json"]
+    if not any(name.endswith(".safetensors") for name in held):
+        missing.append("model.safetensors")
+    for index in sorted(name for name in held if name.endswith(".safetensors.index.json")):
+        shards = set(json.loads((folder / index).read_text(encoding="utf8"))["weight_map"].values())
+        missing += sorted(shards - held)
+    if not held.intersection(_TOKENIZERS) and not any(name.endswith(".tiktoken") for name in held):
+        missing.append("tokenizer.json")
+    return missing
+
+
+def norms(notes: Notes, norm_of: Mapping[str, float], where: str) -> None:
+    """‖ΔW‖_F of adapters beside their median: one that is many times as large as the others drowns them."""
+    from recycler.policy import OUTLIER
+    from recycler.zoo.similarity import robust_z
+
+    sizes = {name: size for name, size in norm_of.items() if size}
+    if len(sizes) < _FEWEST:
+        return
+    middle = median(sizes.values())
+    z = robust_z([math.log(size) for size in sizes.values()], _UNIT)
+    for (name, size), far in zip(sizes.items(), z, strict=True):
+        ratio = size / middle
+        if abs(far) > _Z and not 1 / _FACTOR < ratio < _FACTOR:
+            note = notes.problem if ratio >= OUTLIER else notes.suspect
+            often = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+            note(
+                "adapters", f"{name}: its update is {often} times as large as is usual in {where} (norm {size:.3g}, median {middle:.3g}).",
+                "In a mixture it drowns the others, and wins gates that look at norms." if ratio > 1 else "In a mixture it is not heard.",
+                f"A scale may be wrong, or its training diverged: recycle zoo health {name}; or leave it out.",
+                code="E_OUTLIER", subject=name,
+            )  # fmt: skip
 
 
 def tokenizer(notes: Notes, base: Base) -> None:
@@ -205,8 +317,8 @@ def template(notes: Notes, base: Base, profile: Profile | None) -> bool:
     if _SENTENCE not in str(said):
         notes.problem("template", "The chat template loses what the user says.", "", "Take the tokenizer's files again.")
     elif shots and not chats:
-        notes.suspect(
-            "template", "The shots are plain prompts, and the base has a chat template.",
+        notes.suspect(  # true of many sound models, so that whatever is odd about this one comes before it
+            "prompts", "The shots are plain prompts, and the base has a chat template.",
             "Chat requests go through the template: a form that neither gates nor scores have seen.",
             "Send prompts as the shots were (recycle run does), or profile with {\"messages\": [...]} rows.",
         )  # fmt: skip

@@ -15,7 +15,7 @@ LEVELS: tuple[Level, ...] = ("problem", "suspicion", "ok")
 # What explains most comes first: on another base nothing else means anything, and with damaged weights little does.
 CAUSES = (
     "installation", "model", "weights", "base", "tokenizer", "template", "adapters", "router", "quantisation", "dtype", "sampling",
-    "zoo", "versions", "device", "encoder", "disk", "hub",
+    "prompts", "zoo", "versions", "device", "encoder", "disk", "hub",
 )  # fmt: skip
 
 

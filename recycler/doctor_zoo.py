@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recycler import doctor_checks as checks
 from recycler.doctor_notes import Notes
 from recycler.zoo import staging
 from recycler.zoo.errors import RecycleError, counted, shorten
 from recycler.zoo.inspect import printable
 
 if TYPE_CHECKING:
+    from recycler.zoo.manifest import Entry
     from recycler.zoo.store import Zoo
 
 
@@ -32,6 +34,7 @@ def zoo_health(
         _leftovers(notes, zoo)
         _bases(notes, zoo, base)
         whole = [name for name in entries if name not in damaged]
+        _norms(notes, {name: entries[name] for name in whole})
         step = (progress or (lambda steps, what: lambda count=1, note="": None))(len(whole), "looking")
         fit = 0
         for name in whole:
@@ -126,6 +129,15 @@ def _bases(notes: Notes, zoo: Zoo, base: str | None) -> None:
             "Their updates also make up for rounding that this base does not have; answers differ a little.",
             "Compare with that copy, if you have it.",
         )  # fmt: skip
+
+
+def _norms(notes: Notes, entries: Mapping[str, Entry]) -> None:
+    """Adapters of one base beside each other."""
+    by_base: dict[str, dict[str, float]] = {}
+    for name, entry in entries.items():
+        by_base.setdefault(entry.base or "", {})[name] = entry.norm or 0.0
+    for norms in by_base.values():
+        checks.norms(notes, norms, "this zoo")
 
 
 def _adapter(notes: Notes, zoo: Zoo, name: str, shapes: Mapping[str, tuple[int, int]] | None) -> bool:

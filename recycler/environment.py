@@ -17,9 +17,11 @@ _PACKAGES = (
 )  # fmt: skip
 _PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "RECYCLE_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "TOKENIZERS_", "XDG_CACHE_HOME",
              "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_")  # fmt: skip
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|HEADER", re.IGNORECASE)
 _PUBLIC = ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_TOKEN_PATH")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_LOGIN = re.compile(r"(\w[\w+.-]*://)\S*@|(?<!\S)\S*:\S*@")  # up to the last @ of a word: passwords hold anything
+_QUERY = re.compile(r"(?<=[?&;])([^=&;?\s]+)=[^&;\s]*")
+_LOOKS_SECRET = re.compile(r"\b(?:hf_|sk-|gh[opsur]_|github_pat_|xox[abp]-|AKIA|eyJ)[\w.-]{8,}|(?i:bearer|basic)\s+\S+")
 
 
 def environment() -> dict[str, Any]:
@@ -49,9 +51,9 @@ def plugins() -> list[str]:
 
 
 def variables() -> dict[str, str]:
-    """The variables that matter here, sorted; what may be secret is masked, and so is a proxy's password."""
+    """The variables that matter here, sorted; what may be secret is masked."""
     chosen = {name: value for name, value in os.environ.items() if name.upper().startswith(_PREFIXES)}
-    return {name: _masked(name, value) for name, value in sorted(chosen.items())}
+    return {name: masked(name, value) for name, value in sorted(chosen.items())}
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -73,10 +75,14 @@ def markdown(facts: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
-def _masked(name: str, value: str) -> str:
+def masked(name: str, value: str) -> str:
+    """A variable's value as strangers may read it: nothing of what its name or its shape says is secret, no login and no query of a
+    URL, no home folder."""
     if _SECRET.search(name) and name not in _PUBLIC:
         return "(set)" if value else "(empty)"
-    return _short(_USERINFO.sub("***", value))
+    value = _LOGIN.sub(lambda found: f"{found[1] or ''}***@", value)
+    value = _QUERY.sub(lambda found: f"{found[1]}=***", value)
+    return _short(_LOOKS_SECRET.sub("***", value))
 
 
 def _short(path: str) -> str:

@@ -100,7 +100,7 @@ class FetchReport:
     def lines(self) -> list[str]:
         """The report as text: a receipt per adapter, then the failures."""
         lines = [line for one in self.fetched for line in one.lines()]
-        return lines + [f"{printable(f.source)}: {f.error}" for f in self.failures] + list(self.notes)
+        return lines + [f"{printable(f.source)}: {f.error} [{f.error.code}]" for f in self.failures] + list(self.notes)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -133,7 +133,7 @@ class FetchReport:
         if not self.fetched and len(kinds) == 1:
             (kind,) = kinds  # type: ignore[assignment]
             code = codes.pop() if len(codes) == 1 else None
-        listing = "\n".join(f"{printable(f.source)}: {f.error}" for f in self.failures)  # every one by name
+        listing = "\n".join(f"{printable(f.source)}: {f.error} [{f.error.code}]" for f in self.failures)  # every one by name
         raise kind(
             f"{len(self.failures)} of {total} adapters were not fetched.",
             listing,

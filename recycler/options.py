@@ -48,6 +48,9 @@ class Group(click.Group):
                 self._interrupted(ctx)
             refused = _of_the_system(error)
             if refused is None:
+                if hasattr(error, "add_note"):  # since Python 3.11: what stands below the traceback
+                    fault = RecycleError("")
+                    error.add_note(f"This was not foreseen. more: recycle errors {fault.code}, or {fault.docs}")
                 raise
             from recycler.terminal import complain
 

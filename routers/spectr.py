@@ -110,7 +110,7 @@ class Spectr(Router):
     """score = ‖Vᵀx‖, x as it is. Adapters absent at a site are −∞ there: the score comes from their own factors."""
 
     Config = SpectrConfig
-    paper = "SpectR (COLM 2025)"
+    paper = "Fleshman and Van Durme 2025 (arXiv:2504.03454)"
 
     def __init__(self, adapters: Sequence[str], config: Any, spectra: Mapping[str, Spectra] | None = None) -> None:
         super().__init__(adapters, config)

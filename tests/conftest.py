@@ -13,6 +13,7 @@ atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
     HF_ENDPOINT="http://127.0.0.1:9",  # a leak trap: a call that forgets its endpoint fails
     HF_HOME=os.path.join(_HOME, "hf"),
+    HF_HUB_OFFLINE="0",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -506,7 +506,8 @@ def test_colours_on_a_terminal_and_nothing_of_strangers(tmp_path: Path, monkeypa
 
         return CliRunner().invoke(command, color=color).stderr
 
-    assert shown(False) == "error: what [31mhappened\n  why]0;title\n  fix\nsaid [2J\n"
+    more = "  more: recycle errors E_UNEXPECTED, or docs/errors.md#e_unexpected\n"
+    assert shown(False) == f"error: what [31mhappened\n  why]0;title\n  fix\n{more}said [2J\n"
     assert shown(True).startswith("\x1b[31m\x1b[1merror:\x1b[0m what [31mhappened\n  why]0;title\n")
 
 
@@ -614,6 +615,7 @@ def test_the_same_errors(way: Way) -> None:
         with pytest.raises(RecycleError) as error:
             call()
         result = recycle(*args, zoo=way.zoo)
-        said = [f"error: {error.value.what}", *(f"  {part}" for part in (error.value.why, error.value.fix) if part)]
+        more = f"more: recycle errors {error.value.code}, or {error.value.docs}"
+        said = [f"error: {error.value.what}", *(f"  {part}" for part in (error.value.why, error.value.fix, more) if part)]
         assert result.exit_code == error.value.exit_code, args
         assert result.stderr.rstrip("\n").split("\n")[-len(said) :] == said, args

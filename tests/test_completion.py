@@ -1,11 +1,17 @@
-"""Completion as shells do it: the real script in a real bash (zsh and fish where they are installed), with the zoo's own names."""
+"""Completion as shells do it: the real script in a real bash (zsh and fish where they are installed), Tab pressed on a terminal, with
+the zoo's own names."""
 
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from recycler.routers.discovery import methods
 from recycler.zoo.error_codes import CATALOGUE
 
 BIN = Path(sys.executable).parent
+SECONDS = 60  # at most, for a shell's session; it takes two
 # Asks bash what it would offer: the words of a line, the last of which is being typed.
 _BASH = """
 eval "$(recycle completion bash)"
@@ -79,14 +86,59 @@ def test_bash_completes_commands_options_and_names(zoo: Path) -> None:
     assert bash(zoo, "run", "mo") == ["compopt -o default"], "files are left to the shell"
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells(zoo: Path, shell: str) -> None:
-    script = CliRunner().invoke(main, ["completion", shell]).stdout
-    assert "_RECYCLE_COMPLETE" in script and "recycle" in script
-    if shutil.which(shell) is None:
-        return  # what it says is click's own; that it parses is tried where there is such a shell
-    done = subprocess.run([shell, "-n"], input=script, env=environment(zoo), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def typed(shell: list[str], zoo: Path, tmp_path: Path, lines: list[tuple[str, str]]) -> str:
+    """All that an interactive shell on a terminal of its own showed; each line is typed, and what it must show is waited for."""
+    pid, screen = pty.fork()
+    if pid == 0:
+        plain = {"HOME": str(tmp_path), "PS1": "$ ", "TERM": "dumb", "HISTFILE": ""}
+        os.chdir(zoo.parent)
+        os.execvpe(shell[0], shell, {**environment(zoo), **plain})
+    seen, end = "", time.monotonic() + SECONDS
+    try:
+        for line, expected in lines:
+            start = len(seen)
+            os.write(screen, line.encode())
+            while not re.search(expected, seen[start:]):
+                assert time.monotonic() < end, f"after {line!r}: {seen[start:]!r} has no {expected!r}"
+                if select.select([screen], [], [], 0.2)[0]:
+                    seen += os.read(screen, 65536).decode(errors="replace")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.close(screen)
+        os.waitpid(pid, 0)
+    return seen
+
+
+@pytest.mark.parametrize("shell", [["bash", "--norc", "-i"], ["zsh", "-f", "-i"]], ids=["bash", "zsh"])
+def test_tab_in_a_shell(zoo: Path, tmp_path: Path, shell: list[str]) -> None:
+    """The help's own line, typed into a bare shell; then Tab."""
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"there is no {shell[0]}")
+    typed(shell, zoo, tmp_path, [
+        (f'eval "$(recycle completion {shell[0]})"; echo rea""dy\n', "\nready|\rready"),
+        ("recycle zoo show po\t", "show poem"),
+        ("\x15recycle errors E_PICK\t", "E_PICKLE"),
+        ("\x15recycle zoo show \t\t", r"code\s+law\s+math\s+poem"),
+        ("\x15recycle build-router ridge --prof\t", "--profile"),
+        ("\x15recycle run mod\t", "run model"),
+    ])  # fmt: skip
+
+
+def test_fish(zoo: Path, tmp_path: Path) -> None:
+    """Where the help says that its script goes."""
+    script = CliRunner().invoke(main, ["completion", "fish"]).stdout
+    assert "_RECYCLE_COMPLETE" in script and "--command recycle" in script
+    if shutil.which("fish") is None:
+        pytest.skip("there is no fish")
+    folder = tmp_path / ".config" / "fish" / "completions"
+    folder.mkdir(parents=True)
+    (folder / "recycle.fish").write_text(script)
+    ask = 'complete -C "recycle zoo show po"; complete -C "recycle errors E_PICK"; complete -C "recycle run mod"'
+    done = subprocess.run(
+        ["fish", "-c", ask], env={**environment(zoo), "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / ".config")},
+        cwd=zoo.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["poem", "E_PICKLE", "model/"] and done.stderr == ""
 
 
 def test_names_of_the_zoo(zoo: Path) -> None:

@@ -1,5 +1,6 @@
-"""The documentation runs: every block of every page, as it stands, in a checkout with a pico base. What needs the Hub is parsed by the
-command's own options instead. What pages say of methods, options and commands is made from the code when the site is built."""
+"""The documentation runs: every block of every page, as it stands, in a checkout with a pico base. What needs the Hub, or somebody who
+types, is parsed by the command's own options instead, and runs elsewhere (`ELSEWHERE`). What pages say of methods, options and
+commands is made from the code when the site is built."""
 
 from __future__ import annotations
 
@@ -28,7 +29,20 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FIRST = "tour.md"  # its zoo, profile, gates and model are what the other pages go on with
+KINDS_OF_CHANGE = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")  # as keepachangelog.com has them
+WAITING = ("serve", "proxy", "chat")
 SECONDS = 120  # at most, for a process of its own; it takes six
+
+# Where what a page's marked blocks say is run: the cookbook word for word, the others' commands on pico models.
+ELSEWHERE = {
+    ("cookbook.md", "hub"): "test_learn_cookbook.py",
+    ("adapters.md", "hub"): "test_extract.py",
+    ("evaluating.md", "hub"): "test_lm_eval.py",
+    ("sharing.md", "hub"): "test_push.py",
+    ("sharing.md", "terminal"): "test_proxy.py",
+    ("seeing.md", "terminal"): "test_chat.py",
+    ("scaling-out.md", "terminal"): "test_ray.py",
+}
 
 sys.path.insert(0, str(DOCS))
 import hooks  # noqa: E402  (docs/hooks.py)
@@ -66,16 +80,27 @@ def commands(code: str) -> Iterator[list[str]]:
                 yield [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else []) or [word]]
 
 
+def substituted(word: str) -> str:
+    """With what ``$(recycle ...)`` prints in its place."""
+    return re.sub(r"\$\(recycle (.+?)\)", lambda found: invoked(shlex.split(found[1])).stdout.rstrip("\n"), word)
+
+
+def invoked(arguments: list[str]) -> Any:
+    done = CliRunner().invoke(main, arguments)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, (arguments, done.output)
+    return done
+
+
 def sh(code: str) -> None:
     for words in commands(code):
         if words[0] == "export":
             name, _, value = words[1].partition("=")
             os.environ[name] = value
         elif words[0] == "recycle":
-            done = CliRunner().invoke(main, words[1:])
-            if done.exception is not None and not isinstance(done.exception, SystemExit):
-                raise done.exception
-            assert done.exit_code == 0, (words, done.output)
+            assert words[1] not in WAITING, f"mark {words[:3]} as <!-- server --> or <!-- terminal -->: it would not end"
+            invoked([substituted(word) for word in words[1:]])
         else:
             subprocess.run(words, check=True, capture_output=True)
 
@@ -124,11 +149,13 @@ def server(code: str) -> Iterator[None]:
 
 def run(page: Path) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
-    with socket.create_server(("127.0.0.1", 0)) as held, ExitStack() as running:
-        free = str(held.getsockname()[1])  # the one thing that is exchanged: pages say 8123
+    ports = sorted({port for _, code, _ in blocks(page) for port in re.findall(r"\b812\d\b", code)})
+    with ExitStack() as held, ExitStack() as running:
+        free = {port: held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for port in ports}
         held.close()
         for language, code, mark in blocks(page):
-            code = code.replace("8123", free)
+            for port, other in free.items():  # the one thing that is exchanged
+                code = code.replace(port, str(other))
             if mark == "server":
                 running.enter_context(server(code))
             elif mark:
@@ -157,6 +184,18 @@ def test_a_page_runs(page: Path, checked_out: Path) -> None:
     run(page)
 
 
+def test_what_does_not_run_here_runs_elsewhere() -> None:
+    """Every marked block's commands occur in the tests that are named for its page; and nothing is named in vain."""
+    marked = {(page.name, mark) for page in PAGES for _, _, mark in blocks(page) if mark not in ("", "server")}
+    assert marked == set(ELSEWHERE)
+    for page in PAGES:
+        for _, code, mark in blocks(page):
+            if mark in ("hub", "terminal") and page.name != "cookbook.md":
+                text = (ROOT / "tests" / ELSEWHERE[page.name, mark]).read_text(encoding="utf8")
+                verbs = {words[1] for words in commands(code) if words[0] == "recycle"}
+                assert all(verb.replace("-", "_") in text or verb in text for verb in verbs), (page.name, verbs)
+
+
 def test_a_wrong_option_would_be_found() -> None:
     with pytest.raises(click.NoSuchOption):
         parsed("recycle fetch org/name \\\n  --bas org/base\n")
@@ -172,7 +211,9 @@ def test_every_method_has_its_page() -> None:
     assert pages == set(hooks.methods()) == {n for n, c in methods().items() if c.__module__.startswith("recycler.routers.")}
     for name in pages:
         text = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf8")
-        assert text.startswith(f"# {name}\n") and "**When.**" in text and "**Cost.**" in text, name
+        assert text.startswith(f"# {name}\n") and all(part in text for part in ("**When.**", "**When not.**", "**Cost.**")), (
+            name
+        )
         assert any(code.startswith(f"recycle build-router {name}") for _, code, _ in blocks(DOCS / "methods" / f"{name}.md")), (
             name
         )
@@ -195,10 +236,13 @@ def test_a_method_page_says_what_the_code_says(name: str) -> None:
 
 
 def test_the_numbers_are_the_readmes() -> None:
+    """Every row of the method, however it is set, without the last column."""
     readme = (ROOT / "README.md").read_text(encoding="utf8").splitlines()
-    numbers = next(line for line in readme if line.startswith("| ridge |")).removeprefix("| ridge")
-    assert f"| **ridge**{numbers}" in hooks.readme_rows("ridge") and "| oracle |" in hooks.readme_rows("ridge")
-    assert "**glider" in hooks.readme_rows("glider") and hooks.readme_rows("hierarchy") == ""
+    for name in ("ridge", "glider", "skills"):
+        rows = [line.rsplit("|", 2)[0] for line in readme if re.match(rf"\| {name}[ :]", line) and line.count("|") > 10]
+        shown = hooks.readme_rows(name).replace("*", "")
+        assert rows and all(f"{row}|" in shown for row in rows) and "| oracle |" in shown
+    assert hooks.readme_rows("hierarchy") == ""
 
 
 def test_commands_and_policies_are_all_there() -> None:
@@ -248,7 +292,13 @@ def test_the_citation_names_every_paper() -> None:
     assert all({"type", "title", "authors", "year", "url"} <= set(one) for one in cited["references"])
     ids = {one["identifiers"][0]["value"] for one in cited["references"]}
     papers = {found for cls in methods().values() for found in re.findall(r"arXiv:\d{4}\.\d{5}", cls.paper)}
+    for file in [
+        *(ROOT / "routers").glob("*.py"),
+        ROOT / "recycler" / "subtraction.py",
+    ]:  # methods, policies, what they stand on
+        papers |= set(re.findall(r"arXiv:\d{4}\.\d{5}", file.read_text(encoding="utf8")))
     assert papers and papers <= ids, papers - ids
+    assert any("SpectR" in one["title"] for one in cited["references"])  # its router names a conference
     assert all(one["url"].endswith(one["identifiers"][0]["value"].removeprefix("arXiv:")) for one in cited["references"])
 
 
@@ -258,6 +308,14 @@ def test_the_changelog_knows_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
     assert "## [Unreleased]" in text and version in text
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf8"))["version"]) == version
+
+
+def test_the_changelog_names_every_command() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+    headings = re.findall(r"^#{2,3} .*", text, flags=re.M)
+    assert headings[0] == "## [Unreleased]" and set(headings[1:]) <= {f"### {kind}" for kind in KINDS_OF_CHANGE}
+    for path, _ in hooks.leaves(main):
+        assert re.search(rf"`(?:zoo |plot )?{path.split()[-1]}[` ]", text) or path.startswith("recycle plot "), path
 
 
 def test_community_files_name_what_is_there() -> None:

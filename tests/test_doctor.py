@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from conftest import Pico
 from safetensors.torch import load_file, save_file
 
 import recycler
+from recycler import doctor_checks as checks
 from recycler.cli import main
 from recycler.doctor import Diagnosis, examine
-from recycler.doctor_notes import CAUSES, LEVELS
+from recycler.doctor_notes import CAUSES, LEVELS, Notes
+from recycler.environment import variables
 from recycler.zoo.store import facts_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -181,6 +184,41 @@ def _deaf_template(ill: Patient) -> dict[str, Any]:
     return {"base": str(ill.base)}
 
 
+def _no_tokenizer(ill: Patient) -> dict[str, Any]:
+    (ill.base / "tokenizer.json").unlink()
+    return {"base": str(ill.base)}
+
+
+def _a_shard_is_missing(ill: Patient) -> dict[str, Any]:
+    tensors = load_file(ill.base / "model.safetensors")
+    (ill.base / "model.safetensors").rename(ill.base / "model-00001-of-00002.safetensors")
+    shards = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {
+        next(iter(tensors)): "model-00002-of-00002.safetensors"
+    }
+    (ill.base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    return {"base": str(ill.base)}
+
+
+def _no_config(ill: Patient) -> dict[str, Any]:
+    (ill.base / "config.json").unlink()
+    return {"base": str(ill.base)}
+
+
+def _shouts(ill: Patient) -> dict[str, Any]:
+    _rewrite(ill, lambda b: b * 2000)
+    return {}
+
+
+def _no_gates(ill: Patient) -> dict[str, Any]:
+    (ill.model / "router" / "router.safetensors").unlink()
+    return {}
+
+
+def _no_adapter(ill: Patient) -> dict[str, Any]:
+    (ill.model / "adapters" / "math" / WEIGHTS).unlink()
+    return {}
+
+
 def _no_router(ill: Patient) -> dict[str, Any]:
     (ill.model / "router" / "router.json").unlink()
     return {}
@@ -220,6 +258,12 @@ PLANTED: dict[Callable[[Patient], dict[str, Any]], tuple[str, str | None, str | 
     _deaf_template: ("template", None, None),
     _no_router: ("router", "E_ROUTER", None),
     _no_model: ("model", "E_MODEL", None),
+    _no_tokenizer: ("base", "E_BASE", None),
+    _a_shard_is_missing: ("base", "E_BASE", None),
+    _no_config: ("base", "E_BASE", None),
+    _shouts: ("adapters", "E_OUTLIER", "math"),
+    _no_gates: ("router", "E_ROUTER", None),
+    _no_adapter: ("weights", "E_NO_ADAPTER", "math"),
     _changed: ("router", "E_CHANGED", None),
 }
 
@@ -234,8 +278,22 @@ def test_the_planted_defect_comes_first(ill: Patient, plant: Callable[[Patient],
     assert rest[0] == about and rest[2] == subject, found.findings[0]
     assert code is None or rest[1] == code, found.findings[0]
     assert found.findings[0].fix, "it says what to do"
+    missing = {_no_tokenizer: "tokenizer.json", _a_shard_is_missing: "model-00002-of-00002", _no_config: "config.json"}
+    assert plant not in missing or missing[plant] in found.findings[0].what
     if plant is _corrupt_model:
         assert any("4 adapters, of which 4" in what for what in said(found, "ok")), "the zoo's own is whole"
+
+
+def test_an_odd_norm_comes_before_what_is_true_of_many(ill: Patient) -> None:
+    """Of a model's adapter, and of the zoo's, by what its manifest recorded."""
+    _rewrite(ill, lambda b: b * 300)
+    found = ill.examine()
+    assert found.exit_code == 0 and first(found) == ("suspicion", "adapters", "E_OUTLIER", "math")
+    assert any("plain prompts" in what for what in said(found, "suspicion"))
+    manifest = json.loads(ill.zoo.manifest.read_text())
+    manifest["adapters"]["law"]["norm"] *= 1e-4
+    ill.zoo.manifest.write_text(json.dumps(manifest))
+    assert first(examine(zoo=ill.zoo))[1:] == ("adapters", "E_OUTLIER", "law")
 
 
 def test_a_base_without_a_template(ill: Patient, one: Patient, tmp_path: Path) -> None:
@@ -339,6 +397,73 @@ def test_versions_outside_of_the_range(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.exit_code == 0 and any("peft 0.1.0 (" in what for what in said(found, "suspicion"))
 
 
+def test_a_library_that_cannot_be_imported(tmp_path: Path) -> None:
+    """It alone is named: whatever else fails, fails for that reason."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("raise ImportError(\"cannot import name 'x' from 'transformers'\")\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "recycler.cli", "doctor", "--json"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "RECYCLE_ZOO": str(tmp_path)},
+    )  # fmt: skip
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == 3 and [f["level"] for f in findings].count("problem") == 1
+    assert (
+        findings[0]["about"] == "installation"
+        and "peft cannot be imported" in findings[0]["what"]
+        and "name 'x'" in findings[0]["what"]
+    )
+    assert {f["about"] for f in findings} <= {"installation", "versions"}
+
+
+def test_a_build_of_torch_that_sees_no_device(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    notes = Notes()
+    checks.machine(notes, driver=tmp_path)
+    assert notes.found[0].level == "suspicion" and f"torch {torch.__version__} sees no device" in notes.found[0].what
+    assert "pytorch.org" in notes.found[0].fix or "CUDA_VISIBLE_DEVICES" in notes.found[0].fix
+
+
+def test_optional_parts_and_how_to_get_them() -> None:
+    notes = Notes()
+    checks.extras(notes)
+    (found,) = notes.found
+    assert found.level == "ok" and found.what.startswith("extras: ")
+    for name in ("serve", "pictures", "lm-eval", "ray", "lorahub", "datasets"):
+        assert name in found.what
+    assert "dev" not in found.what and ("without" in found.what) == ("pip install 'recycler[NAME]'" in found.what)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    notes = Notes()
+    checks.disk(notes, {"zoo": tmp_path / "file" / "zoo", "Hub's cache": tmp_path / "new" / "cache"})
+    assert [f.what for f in notes.found if f.level == "suspicion"] == [f"The zoo ({tmp_path}/file/zoo) cannot be written."]
+
+
+def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
+    assert checks.missing_files(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
+    found = examine(zoo=recycler.Zoo(tmp_path / "none"), base=str(tmp_path))
+    assert (
+        first(found)[:3] == ("problem", "base", "E_BASE")
+        and "config.json, model.safetensors, tokenizer.json" in found.findings[0].what
+    )
+
+
+def test_a_full_disk() -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("no file system here has no room at all")
+    notes = Notes()
+    checks.disk(notes, {"zoo": Path("/proc/zoo")})
+    assert notes.found[0].level == "problem" and notes.found[0].what.startswith("Only 0 MB are free for the zoo")
+
+
+def test_a_base_that_is_not_here_and_may_not_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = examine(zoo=recycler.Zoo(tmp_path), base="org/base")
+    assert first(found)[:3] == ("problem", "base", "E_OFFLINE") and "HF_HUB_OFFLINE" in found.findings[0].why
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -352,6 +477,8 @@ def test_the_command(ill: Patient) -> None:
     assert result.exit_code == 0 and data["schema_version"] == 1 and data["counts"]["problem"] == 0
     assert [f["level"] for f in data["findings"]] == sorted((f["level"] for f in data["findings"]), key=LEVELS.index)
     assert {f["about"] for f in data["findings"]} <= set(CAUSES)
+    assert set(data) == {"schema_version", "counts", "findings"} and set(data["counts"]) == set(LEVELS)
+    assert all(set(f) == {"level", "about", "what", "why", "fix", "code", "subject"} for f in data["findings"])
     _corrupt_model(ill)
     result = recycle("doctor", ill.model, zoo=ill.zoo.path)
     assert result.exit_code == 3 and result.stdout.startswith("problem    weights       The weights of math are not those")
@@ -369,6 +496,29 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
         assert result.exit_code == 0 and "verysecret" not in result.output, args
     assert json.loads(result.stdout)["variables"]["HF_TOKEN"] == "(set)"
     assert json.loads(result.stdout)["variables"]["HTTPS_PROXY"] == "http://***@127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("HTTPS_PROXY", "http://me:verysecret@10.0.0.1:3128", "http://***@10.0.0.1:3128"),
+        ("https_proxy", "me:verysecret@10.0.0.1:3128", "***@10.0.0.1:3128"),
+        ("ALL_PROXY", "socks5://me:very@sec/ret@host:1", "socks5://***@host:1"),
+        ("HF_ENDPOINT", "https://verysecret@hub.example", "https://***@hub.example"),
+        ("HF_ENDPOINT", "https://hub.example/?token=verysecret&a=b", "https://hub.example/?token=***&a=***"),
+        ("RECYCLE_LLM_ENDPOINT", "https://host/v1?api_key=verysecret#model", "https://host/v1?api_key=***"),
+        ("RECYCLE_NOTE", "use hf_verysecretverysecret", "use ***"),
+        ("RECYCLE_NOTE", "Authorization: Bearer verysecret", "Authorization: ***"),
+        ("HF_HUB_HEADERS", "x: verysecret", "(set)"),
+        ("HUGGINGFACE_API_KEY", "", "(empty)"),
+        ("NO_PROXY", "localhost,127.0.0.1,.example", "localhost,127.0.0.1,.example"),
+        ("RECYCLE_MODEL", "org/model@main", "org/model@main"),
+        ("HF_ENDPOINT", "https://hub.example:8443/hf", "https://hub.example:8443/hf"),
+    ],
+)
+def test_what_of_a_variable_may_be_seen(name: str, value: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert variables()[name] == shown and "verysecret" not in shown
 
 
 def test_env_is_a_table_for_a_report(tmp_path: Path) -> None:

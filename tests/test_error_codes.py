@@ -10,10 +10,12 @@ import pty
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from adapters import PREFIX, SHAPES, tensors, write
@@ -22,6 +24,7 @@ from conftest import Pico
 
 import recycler
 from recycler.cli import main
+from recycler.options import Group
 from recycler.zoo import errors
 from recycler.zoo.error_codes import CATALOGUE, explain, page
 from recycler.zoo.errors import InputError, PartialError, RecycleError, UsageError
@@ -214,6 +217,8 @@ def test_the_code_survives_being_told_again(llama: Pico, tmp_path: Path) -> None
     with pytest.raises(PartialError) as caught:
         report.raise_for_failures()
     assert caught.value.code == "E_PARTIAL"
+    for text in (str(report), str(caught.value)):
+        assert "[E_PICKLE]" in text and "[E_TRUNCATED]" in text
     alike = recycler.fetch([pickled, _pickle(tmp_path / "c")], names=["one", "two"], zoo=zoo)
     with pytest.raises(RecycleError) as same:
         alike.raise_for_failures()
@@ -246,7 +251,7 @@ def recycle(*args: str) -> Any:
 
 
 def test_recycle_errors() -> None:
-    assert recycle("errors", "E_PICKLE").stdout == CATALOGUE["E_PICKLE"].section()
+    assert recycle("errors", "E_PICKLE").stdout == CATALOGUE["E_PICKLE"].section() + "\ndocs/errors.md#e_pickle\n"
     assert recycle("errors", "pickle").stdout == recycle("errors", "E_PICKLE").stdout
     listed = [line.split("\t") for line in recycle("errors").stdout.splitlines()]
     assert [row[0] for row in listed[1:]] == list(CATALOGUE)
@@ -259,11 +264,15 @@ def test_recycle_errors() -> None:
         explain("E_PROSE")
 
 
-def test_a_person_sees_the_code_and_a_pipe_the_same_text_as_ever(tmp_path: Path) -> None:
+def test_an_error_names_its_code_and_its_anchor(tmp_path: Path) -> None:
+    """To a person and to a pipe alike, in the same words."""
     command = [sys.executable, "-m", "recycler.cli", "build-router", "prose"]
     environment = {**os.environ, "RECYCLE_ZOO": str(tmp_path)}
     piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert piped.returncode == 2 and piped.stderr.startswith("error: There is no router") and "E_METHOD" not in piped.stderr
+    lines = piped.stderr.splitlines()
+    assert piped.returncode == 2 and piped.stdout == "" and lines[0] == "error: There is no router called 'prose'."
+    assert lines[-1] == "  more: recycle errors E_METHOD, or docs/errors.md#e_method"
+    assert CATALOGUE["E_METHOD"].docs in recycle("errors", "E_METHOD").stdout, "and what it names says where it stands"
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, env=environment, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs) as process:
         process.wait()
@@ -279,5 +288,22 @@ def test_a_person_sees_the_code_and_a_pipe_the_same_text_as_ever(tmp_path: Path)
             seen += part
     os.close(ours)
     shown = re.sub(r"\x1b\[[\d;]*m", "", seen.decode()).split("\r\n")
-    assert shown[0] == "error[E_METHOD]: There is no router called 'prose'."
-    assert [line for line in shown if line][-1] == "  recycle errors E_METHOD"
+    assert [line for line in shown if line] == lines and b"\x1b[31m" in seen
+
+
+def test_a_fault_says_where_to_go_on() -> None:
+    """Below its traceback, which a report needs."""
+
+    @click.group(cls=Group)
+    def program() -> None:
+        pass
+
+    @program.command()
+    def fail() -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    error = CliRunner().invoke(program, ["fail"]).exception
+    assert isinstance(error, ZeroDivisionError)
+    if sys.version_info >= (3, 11):
+        shown = "".join(traceback.format_exception(error)).splitlines()
+        assert shown[-2].endswith("nobody thought of this") and "recycle errors E_UNEXPECTED" in shown[-1]

@@ -156,3 +156,12 @@ def test_the_notebook_runs(checked_out: Path) -> None:
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(file.parent)}}).execute()
     said = [output.text for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if "text" in output]
     assert any("What is 417 + 85?" in text for text in said) and "oracle" in said[-1]
+
+
+def test_the_tour_names_every_example() -> None:
+    text = (checkout.ROOT / "docs" / "tour.md").read_text(encoding="utf8")
+    beside = {"adapters", "tasks", "__pycache__", "demo.py", "get_base.py", ".ipynb_checkpoints"}  # what the page itself uses
+    for path in (checkout.ROOT / "examples").iterdir():
+        assert path.name in beside or f"`{path.name}{'/' * path.is_dir()}`" in text, path.name
+    lines = len((checkout.ROOT / "examples" / "flat.py").read_text(encoding="utf8").splitlines())
+    assert f"one script of {round(lines, -1)} lines" in text

@@ -207,7 +207,7 @@ def page() -> str:
     lines = [
         "# Errors",
         "",
-        'Every error has a code that stays the same: `error.code` in Python, `"code"` in JSON, in brackets on a terminal.',
+        'Every error has a code that stays the same: the last line of a message names it, as do `error.code` in Python and `"code"` in JSON.',
         "`recycle errors CODE` prints the section of a code, without a network; `recycle errors --json` lists all.",
         "",
         "| exit code | | codes |",

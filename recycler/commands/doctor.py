@@ -109,7 +109,7 @@ def env_command(as_json: bool) -> None:
 @click.argument("code", required=False)
 @as_json
 def errors_command(code: str | None, as_json: bool) -> None:
-    """Explain an error code, or list all.
+    """Explain the code that an error names, or list all. Needs no network.
 
     \b
     Examples:
@@ -125,7 +125,7 @@ def errors_command(code: str | None, as_json: bool) -> None:
     elif code is None:
         table(["code", "exit", "what"], [[one.code, str(one.exit), one.title] for one in chosen])
     else:
-        click.echo(chosen[0].section().rstrip("\n"))
+        click.echo(f"{chosen[0].section()}\n{chosen[0].docs}")
 
 
 @click.command(name="completion")
