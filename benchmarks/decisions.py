@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import recycler
-    from recycler.contenders import contenders
+    from recycler.evaluating.contenders import contenders
     from recycler.terminal import bars
 
     sys.path[:0] = [str(EXAMPLES), str(HERE)]

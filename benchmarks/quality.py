@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recycler import Profile, Shots
-    from recycler.benching import Bench
+    from recycler.evaluating.benching import Bench
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -43,9 +43,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import recycler
-    from recycler.bench_report import bench_table
-    from recycler.benching import bench_routers
-    from recycler.contenders import contenders
+    from recycler.evaluating.bench_report import bench_table
+    from recycler.evaluating.benching import bench_routers
+    from recycler.evaluating.contenders import contenders
     from recycler.routers.discovery import find
     from recycler.terminal import bars, profile_table
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 def only(profile: Profile, task: str) -> Profile:
     """The profile of one task."""
-    from recycler.choosing import without_task
+    from recycler.evaluating.choosing import without_task
 
     for other in profile.tasks:
         if other != task:
@@ -125,7 +125,7 @@ def only(profile: Profile, task: str) -> Profile:
 
 def report(first: Bench, second: list[Bench]) -> str:
     """The table of the first part, with the second's as a column more, and what both conclude."""
-    from recycler.bench_report import header, rows, verdict
+    from recycler.evaluating.bench_report import header, rows, verdict
 
     table = [header(first), *rows(first)]
     if second:

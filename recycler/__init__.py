@@ -15,24 +15,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recycler.benching import bench_routers
     from recycler.build import profile
-    from recycler.checking import check
-    from recycler.choosing import build_router
     from recycler.composition import compose
-    from recycler.evaluation import evaluate
-    from recycler.explaining import explain
+    from recycler.converting.extraction import extract
+    from recycler.evaluating.benching import bench_routers
+    from recycler.evaluating.choosing import build_router
+    from recycler.evaluating.evaluation import evaluate
     from recycler.exporting.ladder import export
-    from recycler.extraction import extract
-    from recycler.fetching import fetch
+    from recycler.intake.fetching import fetch
+    from recycler.intake.searching import search
+    from recycler.judging.checking import check
     from recycler.loading import load
     from recycler.profiles import Profile
-    from recycler.pushing import push
-    from recycler.reporting import report
     from recycler.routed import RoutedModel
     from recycler.routers.base import Router
     from recycler.routers.discovery import load_router
-    from recycler.searching import search
+    from recycler.seeing.explaining import explain
+    from recycler.seeing.reporting import report
+    from recycler.sharing.pushing import push
     from recycler.shots import Shots
     from recycler.zoo.adapter import Adapter
     from recycler.zoo.errors import RecycleError
@@ -46,21 +46,21 @@ _HOME = {
     "Router": "recycler.routers.base",
     "Shots": "recycler.shots",
     "Zoo": "recycler.zoo.store",
-    "bench_routers": "recycler.benching",
-    "build_router": "recycler.choosing",
-    "check": "recycler.checking",
+    "bench_routers": "recycler.evaluating.benching",
+    "build_router": "recycler.evaluating.choosing",
+    "check": "recycler.judging.checking",
     "compose": "recycler.composition",
-    "evaluate": "recycler.evaluation",
-    "explain": "recycler.explaining",
+    "evaluate": "recycler.evaluating.evaluation",
+    "explain": "recycler.seeing.explaining",
     "export": "recycler.exporting.ladder",
-    "extract": "recycler.extraction",
-    "fetch": "recycler.fetching",
+    "extract": "recycler.converting.extraction",
+    "fetch": "recycler.intake.fetching",
     "load": "recycler.loading",
     "load_router": "recycler.routers.discovery",
     "profile": "recycler.build",
-    "push": "recycler.pushing",
-    "report": "recycler.reporting",
-    "search": "recycler.searching",
+    "push": "recycler.sharing.pushing",
+    "report": "recycler.seeing.reporting",
+    "search": "recycler.intake.searching",
 }
 
 __all__ = [

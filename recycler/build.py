@@ -140,7 +140,7 @@ def build_router(
     """Fits a router.
 
     Args:
-        method: a file name of routers/, or an entry point's. `recycler.build_router` also takes "auto" (see `recycler.choosing`).
+        method: a file name of routers/, or an entry point's. `recycler.build_router` also takes "auto" (see `recycler.evaluating.choosing`).
         profile: a Profile, or its name in the zoo, or its folder. Methods that need no shots work without.
         base: as in `profile`.
         adapters: which of the zoo; by default the profile's, or all.

@@ -17,15 +17,15 @@ from typing import Any
 
 from recycler.base import Base, load_base
 from recycler.build import base_of, read_adapters, router_folder
-from recycler.card import card
+from recycler.converting.truncation import Truncation, truncate
 from recycler.loading import compare
 from recycler.loading import load as load
 from recycler.model_folder import CARD, MANIFEST, SCHEMA_VERSION, TOP
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
 from recycler.routers.discovery import load_router
+from recycler.sharing.card import card
 from recycler.shelving import AdapterDtype, Shelving
-from recycler.truncation import Truncation, truncate
 from recycler.zoo import formats, licences
 from recycler.zoo.adapter import Adapter
 from recycler.zoo.errors import InputError, UsageError, shorten

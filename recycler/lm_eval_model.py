@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from recycler.harness import require_lm_eval
+from recycler.evaluating.harness import require_lm_eval
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
 from recycler.zoo.errors import UsageError

@@ -9,10 +9,10 @@ from typing import Any
 
 from recycler.base import Base, fingerprint, load_base
 from recycler.model_folder import MANIFEST, read_manifest
-from recycler.pulling import find
 from recycler.routed import RoutedModel
 from recycler.routers.discovery import load_router
 from recycler.scoring import Progress, silent
+from recycler.sharing.pulling import find
 from recycler.shelving import AdapterDtype, Shelving
 from recycler.zoo import client_cache, formats
 from recycler.zoo.errors import InputError, SecurityError
@@ -42,7 +42,7 @@ def load(
         path_or_id: a folder, or ``org/name[@revision]``. Where a folder is spelled like an id, the folder is meant;
             ``hf://org/name`` means the Hub.
         base: overrides the base that the model names: an id, a folder that holds a copy, or a loaded one.
-        revision, token, cache_dir, local_files_only, force_download, endpoint: of the model on the Hub, as `recycler.pulling.find`
+        revision, token, cache_dir, local_files_only, force_download, endpoint: of the model on the Hub, as `recycler.sharing.pulling.find`
             takes them. With `local_files_only` no request is made for the base either.
         resident: how much memory adapters may take, bytes or a text such as "2GB": they lie on disk and are paged in as they are
             used. All are in memory where None. ``print(model.engine.shelf)`` says how that goes.

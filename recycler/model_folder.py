@@ -7,7 +7,7 @@ or pulls one.
             adapters/<name>/                        adapter_config.json, adapter_model.safetensors, a card, a licence
             router/                                 router.json, router.safetensors
             README.md                               model card
-            evaluation.json                         what `recycler.card.record_evaluation` keeps; may be missing
+            evaluation.json                         what `recycler.sharing.card.record_evaluation` keeps; may be missing
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recycler.truncation import Truncation
+from recycler.converting.truncation import Truncation
 from recycler.zoo import inspect
 from recycler.zoo.documents import read_document
 from recycler.zoo.manifest import check_name

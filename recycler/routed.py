@@ -28,9 +28,9 @@ from recycler.routers.static import StaticRouter
 from recycler.zoo.errors import UsageError, choices
 
 if TYPE_CHECKING:
+    from recycler.converting.truncation import Truncation
     from recycler.engine.tiers import Shelf
-    from recycler.pushing import Pushed
-    from recycler.truncation import Truncation
+    from recycler.sharing.pushing import Pushed
     from recycler.zoo.adapter import Adapter, Factors
 
 
@@ -437,7 +437,7 @@ class RoutedModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
         """Uploads the model to the Hub; options as `recycler.push` has them, and ``evaluation`` for its card."""
-        from recycler.pushing import push_model
+        from recycler.sharing.pushing import push_model
 
         return push_model(self, repo_id, **options)
 

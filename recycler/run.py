@@ -16,7 +16,7 @@ from recycler.zoo.errors import InputError, UsageError, shorten
 from recycler.zoo.store import require_writable
 
 if TYPE_CHECKING:
-    from recycler.evaluation import Evaluation
+    from recycler.evaluating.evaluation import Evaluation
     from recycler.routed import RoutedModel
     from recycler.shots import Shots
 

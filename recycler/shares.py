@@ -1,5 +1,5 @@
 """Who answers each of many prompts, and why: the adapters' shares, and the router's reason where it has one. In more detail, one
-prompt at a time: `recycler.explaining`.
+prompt at a time: `recycler.seeing.explaining`.
 
 Dimensions in names: B batch, E adapter.
 """

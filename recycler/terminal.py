@@ -13,7 +13,7 @@ from recycler.zoo.errors import RecycleError
 from recycler.zoo.untrusted import OBEYED
 
 if TYPE_CHECKING:
-    from recycler.evaluation import Evaluation
+    from recycler.evaluating.evaluation import Evaluation
     from recycler.profiles import Profile
 
 

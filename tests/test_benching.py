@@ -17,12 +17,12 @@ from way import Way
 
 import recycler
 from recycler import Shots
-from recycler.bench_report import markdown, rows, verdict
-from recycler.benching import Bench, Cost, bench_routers
 from recycler.cli import main
-from recycler.contenders import contenders
-from recycler.evaluation import BASELINES, evaluate, result_of
-from recycler.exam import Exam, Paper
+from recycler.evaluating.bench_report import markdown, rows, verdict
+from recycler.evaluating.benching import Bench, Cost, bench_routers
+from recycler.evaluating.contenders import contenders
+from recycler.evaluating.evaluation import BASELINES, evaluate, result_of
+from recycler.evaluating.exam import Exam, Paper
 from recycler.journal import Journal
 from recycler.routers.discovery import methods
 from recycler.zoo.errors import PartialError, UsageError
@@ -316,4 +316,4 @@ def test_the_benchmark_runs(
         assert lines[0][:6] == ["method", "held-in", "95 %", "held-out", "switch", "held-out, shots"]
         assert [line[0] for line in lines[2:]] == [*BASELINES, "arrow", "single"]
         assert {line[5] for line in lines[2:]} == {"0.000"}
-        monkeypatch.setattr("recycler.benching._Run.contender", lambda *args: "again")
+        monkeypatch.setattr("recycler.evaluating.benching._Run.contender", lambda *args: "again")

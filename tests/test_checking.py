@@ -15,8 +15,8 @@ from conftest import Pico
 
 import recycler
 from recycler.base import linear_shapes
-from recycler.checking import check
 from recycler.cli import main
+from recycler.judging.checking import check
 from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.store import Zoo
 
@@ -59,7 +59,7 @@ def made(tmp_path: Path, pico_shapes: dict[str, tuple[int, int]]) -> Zoo:
     return zoo
 
 
-def found(zoo: Zoo, llama: Pico) -> tuple[recycler.checking.CheckReport, dict[str, recycler.checking.Checked]]:  # type: ignore[name-defined]
+def found(zoo: Zoo, llama: Pico) -> tuple[recycler.judging.checking.CheckReport, dict[str, recycler.judging.checking.Checked]]:  # type: ignore[name-defined]
     report = check(zoo, str(llama.base))
     (section,) = report.sections
     return report, {one.name: one for one in section.adapters}
@@ -235,7 +235,7 @@ def test_json(made: Zoo, llama: Pico) -> None:
 
 def test_the_page_is_narrow_and_clean(made: Zoo, llama: Pico, tmp_path: Path) -> None:
     """No control character of a card reaches the terminal, and the matrix fits 100 columns with 24 adapters."""
-    from recycler.zoo_view import matrix_lines
+    from recycler.judging.zoo_view import matrix_lines
 
     card = '---\nlicense: "mit\\e[31m\\u202E"\n---\n'
     made.add(write(tmp_path / "odd", tensors("q_proj", seed=50), card=card), "odd")

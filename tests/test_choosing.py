@@ -14,7 +14,7 @@ import recycler
 from recycler import Shots
 from recycler.base import load_base
 from recycler.build import build_router
-from recycler.choosing import deal, keep_shots, without_task
+from recycler.evaluating.choosing import deal, keep_shots, without_task
 from recycler.profiles import Profile, measure
 from recycler.routed import RoutedModel
 from recycler.routers.base import Router
@@ -98,7 +98,7 @@ def test_what_fails_is_said_and_the_others_go_on(way: Way, monkeypatch: pytest.M
 
 
 def test_candidates_by_default_need_no_training(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recycler.choosing import _cheap
+    from recycler.evaluating.choosing import _cheap
 
     found = _cheap()
     assert {"ridge", "arrow"} <= set(found) and not {"phatgoose", "glider", "uniform", "oracle", "random"} & set(found)
@@ -136,7 +136,9 @@ def test_whoever_routes_right_is_chosen(llama: Pico, monkeypatch: pytest.MonkeyP
     """Shots whose answers are what each task's own adapter says: then the one that is told the task answers everything, whoever is
     clearly behind is spared the later folds, and a bench of the same rows finds the same."""
     # Random models never stop: an answer is right that begins as the reference does.
-    monkeypatch.setattr("recycler.exam.exact_match", lambda given, reference: given.startswith(reference.rstrip("\ufffd")))
+    monkeypatch.setattr(
+        "recycler.evaluating.exam.exact_match", lambda given, reference: given.startswith(reference.rstrip("\ufffd"))
+    )
     zoo = recycler.Zoo(llama.zoo)
     model = recycler.compose(zoo, recycler.build_router("uniform", zoo=zoo))
     shots = {}

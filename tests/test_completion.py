@@ -23,8 +23,8 @@ from click.testing import CliRunner
 from conftest import Pico
 
 import recycler
-from recycler import completing
 from recycler.cli import main
+from recycler.helping import completing
 from recycler.routers.discovery import methods
 from recycler.zoo.error_codes import CATALOGUE
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 
 from recycler.base import load_base
 from recycler.build import read_adapters
-from recycler.conversion import Conversion, convert
+from recycler.converting.conversion import Conversion, convert
 from recycler.routed import RoutedModel
 from recycler.zoo import formats
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
@@ -273,7 +273,7 @@ def test_dials_and_the_error_that_is_said(llama: Pico, loha: Path, tmp_path: Pat
 
 
 def test_a_wide_update_is_cut_at_the_default_dials(llama: Pico, loha: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("recycler.conversion.LOSSY_RANK", 4)
+    monkeypatch.setattr("recycler.converting.conversion.LOSSY_RANK", 4)
     done = convert(loha, tmp_path / "out", base=llama.base)
     assert done.ranks == (4,) and 0 < done.error < 0.6  # q_proj's rank is 4, the others' 9
     assert "no rank is above 4" in done.notes[0]

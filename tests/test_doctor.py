@@ -19,11 +19,11 @@ from conftest import Pico
 from safetensors.torch import load_file, save_file
 
 import recycler
-from recycler import doctor_checks as checks
 from recycler.cli import main
-from recycler.doctor import Diagnosis, examine
-from recycler.doctor_notes import CAUSES, LEVELS, Notes
-from recycler.environment import variables
+from recycler.helping import doctor_checks as checks
+from recycler.helping.doctor import Diagnosis, examine
+from recycler.helping.doctor_notes import CAUSES, LEVELS, Notes
+from recycler.helping.environment import variables
 from recycler.zoo.store import facts_of
 
 WEIGHTS = "adapter_model.safetensors"

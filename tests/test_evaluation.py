@@ -10,7 +10,7 @@ from way import NAMES, Way, never, one_by_one
 
 import recycler
 from recycler import Shots
-from recycler.evaluation import Evaluation, evaluate
+from recycler.evaluating.evaluation import Evaluation, evaluate
 from recycler.zoo.errors import UsageError
 
 

@@ -18,14 +18,15 @@ from torch import Tensor
 from way import PROMPTS, Way, never
 
 import recycler
-from recycler import Shots, explaining, scoring, text
+from recycler import Shots, scoring, text
 from recycler.base import load_base
 from recycler.build import read_adapters
 from recycler.cli import main
-from recycler.explaining import Explanation, explain
-from recycler.pieces import pieces
 from recycler.routed import RoutedModel
 from recycler.routers.protocol import Group
+from recycler.seeing import explaining
+from recycler.seeing.explaining import Explanation, explain
+from recycler.seeing.pieces import pieces
 from recycler.shots import Shot
 from recycler.zoo.errors import InputError, UsageError
 

@@ -27,7 +27,7 @@ from way import Way, go
 
 import recycler
 from recycler.cli import main
-from recycler.extraction import extract
+from recycler.converting.extraction import extract
 from recycler.run import answer_prompts
 from recycler.zoo import formats
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
@@ -94,7 +94,7 @@ def test_the_more_rank_the_nearer_to_the_tuned_model(kind: str, request: pytest.
 
 
 def test_what_lora_cannot_carry_is_listed(llama: Pico, tuned: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("recycler.extraction._CHUNK", 100)  # tensors are compared piece by piece
+    monkeypatch.setattr("recycler.converting.extraction._CHUNK", 100)  # tensors are compared piece by piece
     done = extract(tuned, llama.base, rank=48, out=tmp_path / "out")
     one, other = load_file(llama.base / "model.safetensors"), {}
     for shard in tuned.glob("*.safetensors"):
@@ -137,7 +137,7 @@ def test_an_extracted_adapter_is_one_of_the_zoo(llama: Pico, tuned: Path, tmp_pa
 def test_the_default_dials(llama: Pico, tuned: Path, tmp_path: Path, monkeypatch: Any) -> None:
     done = extract(tuned, llama.base, out=tmp_path / "out")
     assert 0.9 <= done.conversion.kept < 0.97
-    monkeypatch.setattr("recycler.extraction.RANK", 2)
+    monkeypatch.setattr("recycler.converting.extraction.RANK", 2)
     assert extract(tuned, llama.base, out=tmp_path / "two").conversion.ranks == (2,)
 
 
@@ -324,7 +324,7 @@ import resource, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
-from recycler.extraction import extract
+from recycler.converting.extraction import extract
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 if layers:
     config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4)

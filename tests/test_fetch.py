@@ -15,7 +15,7 @@ from adapters import SHAPES, files, tensors, write
 from hub_server import Hub, running
 
 import recycler.base
-from recycler.fetching import FetchReport, fetch
+from recycler.intake.fetching import FetchReport, fetch
 from recycler.zoo import formats
 from recycler.zoo.errors import HubError, InputError, PartialError, RecycleError, SecurityError, UsageError
 from recycler.zoo.store import Zoo
@@ -90,7 +90,7 @@ def test_a_folder_of_folders(zoo: Zoo, pile: Path) -> None:
 
 
 def test_too_many_folders(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recycler.jobs.MAX_FOLDERS", 5)
+    monkeypatch.setattr("recycler.intake.jobs.MAX_FOLDERS", 5)
     for number in range(6):
         (tmp_path / "many" / str(number)).mkdir(parents=True)
     with pytest.raises(InputError, match="more than 5 folders"):

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from recycler.base import linear_shapes, load_base
 from recycler.cli import main
 from recycler.engine.sites import weight_OD
-from recycler.health import HealthReport, health
-from recycler.intruders import TOP, left_vectors, look, overlaps, tuned
+from recycler.judging.health import HealthReport, health
+from recycler.judging.intruders import TOP, left_vectors, look, overlaps, tuned
+from recycler.judging.zoo_view import strip_lines
 from recycler.zoo.adapter import Factors
 from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.places import Place
 from recycler.zoo.store import Zoo
-from recycler.zoo_view import strip_lines
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 TARGETS = ("q_proj", "o_proj", "up_proj")
@@ -265,7 +265,7 @@ def test_json(planted: Zoo) -> None:
 
 def test_strips_of_deep_models_fit() -> None:
     """126 layers on 100 columns: neighbours share a block, which shows the one further from the median."""
-    from recycler.health import AdapterHealth, SiteHealth
+    from recycler.judging.health import AdapterHealth, SiteHealth
 
     places = [Place(layer, "q_proj") for layer in range(126)]
     sites = tuple(

@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 from test_kill import Forker, sound
 
 from recycler.cli import main
-from recycler.locking import jobs_from_lock
+from recycler.intake.locking import jobs_from_lock
 from recycler.zoo import journal, store
 from recycler.zoo.entries import Entries
 from recycler.zoo.errors import InputError, SecurityError, UsageError

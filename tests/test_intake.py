@@ -17,7 +17,7 @@ from hub_server import Hub, running
 from transformers import AutoModelForCausalLM
 
 from recycler.commands.fetch import fetch_command
-from recycler.fetching import fetch
+from recycler.intake.fetching import fetch
 from recycler.zoo import importers
 from recycler.zoo.errors import HubError, InputError, RecycleError, SecurityError
 from recycler.zoo.store import Zoo
@@ -202,7 +202,7 @@ def test_a_converted_adapter_from_a_lock(
     }
     assert one.entry("loha").converted == zoo.entry("loha").converted and one.entry("old") == zoo.entry("old")
 
-    from recycler import conversion
+    from recycler.converting import conversion
 
     real = conversion.convert
 

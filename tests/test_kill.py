@@ -35,7 +35,7 @@ KILLS = 20
 FORKER = """
 import json, os, signal, sys
 import huggingface_hub.hf_api, safetensors.torch, torch
-import recycler.cli, recycler.fetching, recycler.zoo.formats, recycler.zoo.similarity, recycler.zoo.store
+import recycler.cli, recycler.intake.fetching, recycler.zoo.formats, recycler.zoo.similarity, recycler.zoo.store
 import huggingface_hub.file_download, yaml, rich, filelock
 
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recycler
-from recycler.card import card
 from recycler.cli import main
+from recycler.sharing.card import card
 from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.licences import SENTENCES, TERMS, allowed, normalise, parse_list, require, roll_up, stated, terms
 from recycler.zoo.store import Zoo

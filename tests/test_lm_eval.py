@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 import recycler
 from recycler.cli import main
-from recycler.harness import harness, require_lm_eval
+from recycler.evaluating.harness import harness, require_lm_eval
 from recycler.lm_eval_model import RecyclerLM
 from recycler.lm_eval_model import main as run_lm_eval
 from recycler.routed import RoutedModel

@@ -13,7 +13,7 @@ import torch
 from adapters import files, tensors, write
 from hub_server import Hub, running
 
-from recycler.fetching import fetch
+from recycler.intake.fetching import fetch
 from recycler.zoo.errors import HubError, InputError, PartialError, SecurityError
 from recycler.zoo.store import Zoo
 

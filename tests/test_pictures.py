@@ -24,7 +24,7 @@ from way import NAMES, PROMPTS, Way
 
 import recycler
 from recycler.cli import main
-from recycler.evaluation import BEYOND, UNTOLD
+from recycler.evaluating.evaluation import BEYOND, UNTOLD
 from recycler.pictures import canvas, cost, heat, results, routing, scores, similarity, tasks
 from recycler.pictures.results import Contender, Mean, Results
 from recycler.pictures.routing import LayerWeights

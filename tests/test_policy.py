@@ -10,8 +10,8 @@ import torch
 from adapters import SHAPES, tensors, write
 
 import recycler.base
-from recycler.fetching import fetch
-from recycler.policy import Policy
+from recycler.intake.fetching import fetch
+from recycler.intake.policy import Policy
 from recycler.zoo.errors import InputError, UsageError
 from recycler.zoo.store import Zoo
 

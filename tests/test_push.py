@@ -20,11 +20,11 @@ from test_offline import run as process
 from way import NAMES, Way, go, logits
 
 import recycler
-from recycler import pushing
-from recycler.card import record_evaluation
 from recycler.cli import main
-from recycler.publishing import check_licences, publish
 from recycler.run import answer_prompts
+from recycler.sharing import pushing
+from recycler.sharing.card import record_evaluation
+from recycler.sharing.publishing import check_licences, publish
 from recycler.zoo.errors import HubError, InputError, SecurityError, UsageError
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"

@@ -19,15 +19,15 @@ from test_pictures import made, parsed, recycle
 from way import Way, go
 
 import recycler
-from recycler.card import record_evaluation
 from recycler.cli import main
 from recycler.pictures import canvas, tasks, tokens
 from recycler.pictures.results import read
 from recycler.pictures.routing import LayerWeights
 from recycler.pictures.similarity import Cosines
 from recycler.pictures.tasks import TaskScores
-from recycler.report_page import WANTED, page
-from recycler.reporting import Origin, Report
+from recycler.seeing.report_page import WANTED, page
+from recycler.seeing.reporting import Origin, Report
+from recycler.sharing.card import record_evaluation
 from recycler.zoo.errors import InputError, UsageError
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -19,7 +19,7 @@ from safetensors.torch import save
 import recycler
 from recycler.cli import main
 from recycler.commands.find import SORTS, _verdict
-from recycler.search_report import SearchReport
+from recycler.intake.search_report import SearchReport
 from recycler.zoo import hub_search
 from recycler.zoo.errors import HubError, UsageError
 from recycler.zoo.preview import MAX_PLACES, Candidate
@@ -397,7 +397,7 @@ def test_words_are_looked_for_in_ids_tags_and_cards(hub: Hub, find: Callable[...
 
 
 def test_scanning_ends(hub: Hub, find: Callable[..., SearchReport], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recycler.searching.SCAN_LIMIT", 30)
+    monkeypatch.setattr("recycler.intake.searching.SCAN_LIMIT", 30)
     hub.page = 20
     hub.fill(70, adapter())
     report = find(text="0069")

@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 import recycler
 from recycler.cli import main
-from recycler.search_report import SearchReport
+from recycler.intake.search_report import SearchReport
 from recycler.zoo import hub_requests
 from recycler.zoo.errors import HubError
 from recycler.zoo.head_cache import Head, HeadCache

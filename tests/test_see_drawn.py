@@ -17,8 +17,8 @@ from recycler.pictures.results import Contender, Mean, Results
 from recycler.pictures.routing import LayerWeights
 from recycler.pictures.similarity import Cosines
 from recycler.pictures.tasks import TaskScores
-from recycler.report_page import page
-from recycler.reporting import Origin, Report
+from recycler.seeing.report_page import page
+from recycler.seeing.reporting import Origin, Report
 
 ADAPTERS = ("math", "law", "code", "poem", "chess")
 TASKS = ("sums", "cases", "functions")

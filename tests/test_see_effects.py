@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 from way import PROMPTS, Way
 
 import recycler
-from recycler import explaining
-from recycler.explaining import Explanation, explain
 from recycler.routed import RoutedModel
+from recycler.seeing import explaining
+from recycler.seeing.explaining import Explanation, explain
 from recycler.zoo.errors import UsageError
 
 NAMES = ("code", "law", "math")  # plain LoRA, one of them rsLoRA

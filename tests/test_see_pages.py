@@ -15,11 +15,11 @@ from test_report import HOSTILE, Made, browser, ratio, report, visit  # noqa: F4
 from test_strips import drawn
 
 import recycler
-from recycler.explain_page import write_page
 from recycler.pictures import canvas, tokens
 from recycler.pictures.tasks import TaskScores
-from recycler.report_page import page
-from recycler.reporting import Origin, Report
+from recycler.seeing.explain_page import write_page
+from recycler.seeing.report_page import page
+from recycler.seeing.reporting import Origin, Report
 
 PHONE = {"viewport": {"width": 390, "height": 664}}
 _RING = """() => {

@@ -27,11 +27,11 @@ from test_strips import EVIL, contrast, drawn
 from way import PROMPTS, Way
 
 import recycler
-from recycler.explaining import explain
 from recycler.pictures import canvas, cost, tasks, tokens
 from recycler.pictures.results import Contender, Mean, Results
 from recycler.pictures.tasks import TaskScores
-from recycler.strips import (
+from recycler.seeing.explaining import explain
+from recycler.seeing.strips import (
     COLOURS,
     DARK,
     FEW,

@@ -335,7 +335,7 @@ def test_unusable_folder_names_are_errors() -> None:
 
 def test_importing_is_light() -> None:
     script = (
-        "import sys, recycler.zoo, recycler.zoo.store, recycler.fetching\n"
+        "import sys, recycler.zoo, recycler.zoo.store, recycler.intake.fetching\n"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

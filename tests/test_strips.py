@@ -16,9 +16,9 @@ from conftest import Pico
 from way import PROMPTS
 
 import recycler
-from recycler.explain_page import page, write_page
-from recycler.explaining import LEAD, Explanation, explain
-from recycler.strips import (
+from recycler.seeing.explain_page import page, write_page
+from recycler.seeing.explaining import LEAD, Explanation, explain
+from recycler.seeing.strips import (
     COLOURS,
     DARK,
     OTHER,

@@ -15,7 +15,7 @@ for module in (recycler, recycler.engine.bank, recycler.zoo.store, discovery):
     assert os.path.realpath(module.__file__).startswith(site), module.__file__
 assert {'arrow', 'phatgoose', 'ridge', 'uniform'} <= set(discovery.methods()), discovery.methods()
 assert os.path.exists(os.path.join(site, 'recycler', 'py.typed'))
-assert os.path.exists(os.path.join(site, 'recycler', 'templates', 'report.html'))
+assert os.path.exists(os.path.join(site, 'recycler', 'seeing', 'templates', 'report.html'))
 assert not os.path.exists(os.path.join(site, 'zoo')) and not os.path.exists(os.path.join(site, 'routers'))
 "
 PYTHONPATH="$work/site" "$python" -P -m recycler.cli --version

@@ -84,8 +84,8 @@ def bench_command(
       recycle bench-routers --profile p16 --methods ridge,phatgoose:steps=50 --tasks test/*.jsonl --out bench/
       recycle bench-routers --profile p16 --tasks test/ --held-out new/*.jsonl --also reworded=reworded/
     """
-    from recycler.bench_report import bench_table
-    from recycler.benching import bench_routers
+    from recycler.evaluating.bench_report import bench_table
+    from recycler.evaluating.benching import bench_routers
     from recycler.terminal import bars
 
     groups: dict[str, list[str]] = {}

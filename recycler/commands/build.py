@@ -135,8 +135,8 @@ def build_command(
         if method is None:
             raise UsageError("Which method?", "", "recycle build-router METHOD; `recycle routers` lists them.")
         from recycler import sharding
-        from recycler.choosing import auto_config
-        from recycler.choosing import build_router as run
+        from recycler.evaluating.choosing import auto_config
+        from recycler.evaluating.choosing import build_router as run
         from recycler.routers.discovery import find, make_config
         from recycler.scoring import silent
         from recycler.subtraction import Subtract

@@ -44,10 +44,10 @@ def zoo_check(
       recycle zoo check math law --csv cosines.csv
       recycle zoo check --engine ray      # shared by workers
     """
-    from recycler.check_report import check_file
-    from recycler.checking import check
+    from recycler.judging.check_report import check_file
+    from recycler.judging.checking import check
+    from recycler.judging.zoo_view import check_view
     from recycler.terminal import bars
-    from recycler.zoo_view import check_view
 
     if csv_file:
         check_file(Path(csv_file), force)  # before the long work
@@ -84,9 +84,9 @@ def zoo_health(
       recycle zoo health math law
       recycle zoo health --intruders --sites 20
     """
-    from recycler.health import health
+    from recycler.judging.health import health
+    from recycler.judging.zoo_view import health_view
     from recycler.terminal import bars
-    from recycler.zoo_view import health_view
 
     with bars() as progress:
         report = health(open_zoo(zoo_path), names or None, base=base, intruders=intruders, sites=sites, progress=progress)
@@ -110,8 +110,8 @@ def zoo_licences(names: tuple[str, ...], allow: str | None, strict: bool, zoo_pa
       recycle zoo licences --json
       recycle zoo licences --license-allow apache-2.0,mit,cc-by --strict
     """
+    from recycler.judging.zoo_view import licences_view
     from recycler.zoo import licences
-    from recycler.zoo_view import licences_view
 
     allowed = None if allow is None else licences.parse_list(allow)
     zoo = open_zoo(zoo_path)

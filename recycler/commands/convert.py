@@ -41,7 +41,7 @@ def extract_command(
       recycle extract --tuned org/math-7b --base org/base-7b --rank 32 --as math
       recycle extract --tuned ./tuned --base ./base --energy 0.95 --out ./math-lora
     """
-    from recycler.extraction import extract
+    from recycler.converting.extraction import extract
     from recycler.terminal import bars, say
 
     with bars() as progress:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recycler import completing
+from recycler.helping import completing
 from recycler.options import as_json, in_zoo, on_device, open_zoo, print_json, with_base
 from recycler.zoo.untrusted import OBEYED
 
 if TYPE_CHECKING:
-    from recycler.doctor import Diagnosis
+    from recycler.helping.doctor import Diagnosis
 
 _INDENT = 25  # of what stands beside the labels
 _MARKS = {"problem": ("problem", "red"), "suspicion": ("suspicion", "yellow"), "ok": ("ok", "green")}
@@ -42,7 +42,7 @@ def doctor_command(
       recycle doctor model/ --profile p16
       recycle doctor --base org/base --json
     """
-    from recycler.doctor import examine
+    from recycler.helping.doctor import examine
     from recycler.terminal import bars
 
     with bars() as progress:
@@ -96,7 +96,7 @@ def env_command(as_json: bool) -> None:
       recycle env > report.md
       recycle env --json
     """
-    from recycler.environment import environment, markdown
+    from recycler.helping.environment import environment, markdown
 
     facts = environment()
     if as_json:

@@ -74,7 +74,7 @@ def eval_command(
             raise UsageError(
                 f"{', '.join(unused)} does not go with --lm-eval.", "Its tasks say that themselves.", "Leave it out."
             )
-        from recycler.harness import harness, harness_table, require_lm_eval
+        from recycler.evaluating.harness import harness, harness_table, require_lm_eval
         from recycler.terminal import bars
 
         require_lm_eval()
@@ -91,10 +91,10 @@ def eval_command(
         return
     if lm_eval_path is not None:
         raise UsageError("--lm-eval-path goes with --lm-eval.", "", "Name the tasks: --lm-eval TASKS")
-    from recycler.card import record_evaluation
-    from recycler.evaluation import evaluate
+    from recycler.evaluating.evaluation import evaluate
     from recycler.model_folder import MANIFEST
     from recycler.run import check_answers, write_answers
+    from recycler.sharing.card import record_evaluation
     from recycler.shots import Shots
     from recycler.terminal import bars, evaluation_table
 

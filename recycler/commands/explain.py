@@ -13,8 +13,8 @@ from recycler.options import as_json, as_text, on_device, print_json, with_base
 from recycler.zoo.errors import UsageError
 
 if TYPE_CHECKING:
-    from recycler.explaining import Explanation
-    from recycler.strips import Slots
+    from recycler.seeing.explaining import Explanation
+    from recycler.seeing.strips import Slots
 
 _ROWS = 12  # adapters in a terminal's table
 _BLOCKS = "·▁▂▃▄▅▆▇█"
@@ -55,10 +55,10 @@ def explain_command(
       recycle explain model/ -p "What is 2 + 2?" --answer " 5" --json
       recycle explain model/ -p "2 + 2" -p "Ode to a mouse" --html why.html
     """
-    from recycler.explain_page import write_page
-    from recycler.explaining import SCHEMA_VERSION, check_prompt, explain
     from recycler.loading import load
     from recycler.pictures.canvas import check_free
+    from recycler.seeing.explain_page import write_page
+    from recycler.seeing.explaining import SCHEMA_VERSION, check_prompt, explain
     from recycler.terminal import bars, say
 
     if answers and len(prompts) == 1:
@@ -85,7 +85,7 @@ def explain_command(
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "explanations": [one.to_json() for one in found]})
         return
-    from recycler.strips import slots
+    from recycler.seeing.strips import slots
 
     colours = slots(found)
     for one in found:
@@ -96,7 +96,7 @@ def explain_command(
 def _show(one: Explanation, colours: Slots) -> None:
     from rich.console import Console
 
-    from recycler.strips import legend_text, strip_text
+    from recycler.seeing.strips import legend_text, strip_text
     from recycler.terminal import say
 
     console = Console(highlight=False)
@@ -114,7 +114,7 @@ def _show(one: Explanation, colours: Slots) -> None:
 
 
 def _adapters(one: Explanation) -> None:
-    from recycler.strips import signed
+    from recycler.seeing.strips import signed
     from recycler.terminal import say, table
 
     drawn = sys.stdout.isatty()
@@ -145,7 +145,7 @@ def blocks(column: Sequence[float], most: int = _COLUMNS) -> str:
 
 
 def _tokens(one: Explanation) -> None:
-    from recycler.strips import visible
+    from recycler.seeing.strips import visible
     from recycler.terminal import table
 
     rows = []

@@ -63,7 +63,7 @@ def fetch_command(
       recycle fetch --from their-zoo.json
       recycle fetch org/old-lora --allow-pickle --license-allow apache-2.0,mit --strict
     """
-    from recycler.fetching import Failure, FetchReport, fetch
+    from recycler.intake.fetching import Failure, FetchReport, fetch
     from recycler.terminal import bars, say
     from recycler.zoo.errors import RecycleError
 

@@ -11,7 +11,7 @@ from recycler.options import as_json, in_zoo, open_zoo, print_json
 from recycler.zoo.errors import PartialError, UsageError
 
 if TYPE_CHECKING:
-    from recycler.searching import SearchReport
+    from recycler.intake.searching import SearchReport
     from recycler.zoo.preview import Candidate
 
 # Of `recycler.zoo.hub_search`, which is not imported for --help.
@@ -47,7 +47,7 @@ def search_command(
       recycle search --base org/base --text "math german" --sort likes --limit 50
       recycle search --base ./base-folder --base-alias org/base --all --json
     """
-    from recycler.searching import search
+    from recycler.intake.searching import search
     from recycler.terminal import bars, say
 
     if convertible and not usable_only:

@@ -72,9 +72,9 @@ def plot_routing(
       recycle plot routing model/ -p "What is 2 + 2?" --out routing.png
       recycle plot routing model/ tasks/*.jsonl --rows 2 --out routing.svg
     """
-    from recycler.explaining import check_prompt
     from recycler.loading import load
     from recycler.pictures import canvas, routing
+    from recycler.seeing.explaining import check_prompt
     from recycler.shots import Shot, Shots
 
     if bool(prompts) == bool(files):
@@ -111,9 +111,9 @@ def plot_tokens(
     Example:
       recycle plot tokens model/ -p "What is 2 + 2?" --out tokens.svg
     """
-    from recycler.explaining import check_prompt, explain
     from recycler.loading import load
     from recycler.pictures import canvas, tokens
+    from recycler.seeing.explaining import check_prompt, explain
     from recycler.terminal import bars
 
     check_prompt(prompt, answer)
@@ -139,7 +139,7 @@ def plot_similarity(names: tuple[str, ...], model_path: str | None, out: str, fo
     """
     from recycler.model_folder import read_manifest
     from recycler.pictures import canvas, similarity
-    from recycler.pulling import find
+    from recycler.sharing.pulling import find
     from recycler.terminal import bars
     from recycler.zoo import formats
 
@@ -234,7 +234,7 @@ def report_command(
       recycle report model/ --tasks tasks/*.jsonl --rows 20
       recycle report --profile p16 --out zoo.html
     """
-    from recycler.reporting import report
+    from recycler.seeing.reporting import report
     from recycler.terminal import bars
 
     with bars() as progress:

@@ -11,7 +11,7 @@ import click
 from recycler.options import as_json, print_json
 
 if TYPE_CHECKING:
-    from recycler.pushing import Pushed
+    from recycler.sharing.pushing import Pushed
 
 
 @click.command(name="push")
@@ -48,7 +48,7 @@ def push_command(
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from recycler.pushing import push
+    from recycler.sharing.pushing import push
     from recycler.terminal import say
 
     if not sys.stderr.isatty():

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from recycler.card import licence_lines, plain, source_of
 from recycler.exporting.mixtures import Mixture
+from recycler.sharing.card import licence_lines, plain, source_of
 from recycler.zoo import licences
 from recycler.zoo.errors import counted, shorten
 from recycler.zoo.inspect import printable

@@ -1,4 +1,4 @@
-"""One answer token by token: each in the colour of the adapter that was at work on it, as in a page's strip (`recycler.strips`)."""
+"""One answer token by token: each in the colour of the adapter that was at work on it, as in a page's strip (`recycler.seeing.strips`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from unicodedata import combining, east_asian_width
 
 from recycler.pictures import canvas
 from recycler.pictures.canvas import INK, MUTED, NORMAL, RULE, SMALL, Cell
-from recycler.strips import COLOURS, OTHER, Slots, legend, slots, visible
+from recycler.seeing.strips import COLOURS, OTHER, Slots, legend, slots, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from recycler.explaining import Explanation
+    from recycler.seeing.explaining import Explanation
 
 _COLUMNS = 92  # cells a line
 _CELL = NORMAL * 0.602 / 72  # inches, of a letter of DejaVu Sans Mono

@@ -1,0 +1,1 @@
+"""Is routing worth it, and which?"""

@@ -1,0 +1,1 @@
+"""Who answered, and why: in the terminal and on pages."""
