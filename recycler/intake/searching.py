@@ -134,7 +134,7 @@ class _Lists:
     ) -> None:
         self.words = text.casefold().split()
         self.gated = gated
-        self.scanned = 0
+        self.scanned = self._said = 0
         self.exhausted_scan = False
         self.more = False
         self.problems: list[HubError] = []
@@ -150,7 +150,9 @@ class _Lists:
             try:
                 for page in hub_search.pages(wire, base, search=search, author=author, gated=gated, sort=sort, size=size):
                     yield from sorted(page, key=order, reverse=True)
-                    told("listed", base, f"{repositories(self.scanned)} listed")
+                    if self.scanned != self._said:  # the second list may hold nothing new
+                        self._said = self.scanned
+                        told("listed", base, f"{repositories(self.scanned)} listed")
             except HubError as error:
                 self.problems.append(error)
 
