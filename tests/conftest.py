@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path  # noqa: E402  (the environment above is read when these are imported)
-from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
+from typing import TYPE_CHECKING, Any, NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -58,6 +58,49 @@ def _client_cache_of_its_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=_HOME) as cache:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, where there is one."""
+    sync = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium")
+    quiet = ("background-networking", "component-update", "sync")
+    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
+    with sync.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=options)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """Opens a page from disk. At the end: no errors, no requests but for the page itself, and nothing hostile ran."""
+    said: list[str] = []
+    contexts: list[Any] = []
+
+    def opened(file: Path, **options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(f"console: {message.text}"))
+        tab.on("pageerror", lambda error: said.append(f"error: {error}"))
+        tab.on("dialog", lambda dialog: said.append("dialog"))
+        own = file.as_uri()
+        tab.on(
+            "request", lambda asked: said.append(asked.url) if asked.url != own and not asked.url.startswith("data:") else None
+        )
+        tab.goto(own)
+        return tab
+
+    yield opened
+    for context in contexts:
+        for tab in context.pages:
+            said += ["hit"] if tab.evaluate("window.hit") else []
+        context.close()
+    assert said == []
 
 
 class Pico(NamedTuple):

@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from recycler.seeing.reporting import Origin, Report
 from recycler.sharing.card import record_evaluation
 from recycler.zoo.errors import InputError, UsageError
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = '"><script>window.hit = 1</script><img src=x onerror="window.hit = 1">'
 ASKED = ["Add 1 and b.", HOSTILE, "O 3 of the long,\nlong poem!"]
 SECTIONS = ["results", "cost", "tasks", "routing", "examples", "alike", "licences"]
@@ -57,48 +55,6 @@ def report(llama: Pico, tmp_path_factory: pytest.TempPathFactory) -> Made:
         prompts=ASKED, max_new_tokens=3, zoo=way.zoo,
     )  # fmt: skip
     return Made(way, folder / "bench", out)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip("there is no Chromium")
-    flags = (
-        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-    )
-    with playwright.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=str(CHROMIUM), args=flags.split())
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Any]:
-    """Opens a page from disk. At the end: no errors, no requests but for the page itself, and nothing hostile ran."""
-    said: list[str] = []
-    contexts: list[Any] = []
-
-    def opened(file: Path, **options: Any) -> Any:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: said.append(f"console: {message.text}"))
-        tab.on("pageerror", lambda error: said.append(f"error: {error}"))
-        tab.on("dialog", lambda dialog: said.append("dialog"))
-        own = file.as_uri()
-        tab.on(
-            "request", lambda asked: said.append(asked.url) if asked.url != own and not asked.url.startswith("data:") else None
-        )
-        tab.goto(own)
-        return tab
-
-    yield opened
-    for context in contexts:
-        for tab in context.pages:
-            said += ["hit"] if tab.evaluate("window.hit") else []
-        context.close()
-    assert said == []
 
 
 def test_everything_is_there(report: Made, visit: Any) -> None:

@@ -10,7 +10,6 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
-from test_report import browser, visit  # noqa: F401  (fixtures)
 
 from recycler.pictures import canvas, cost, heat, routing, scores, similarity, tasks
 from recycler.pictures.results import Contender, Mean, Results
@@ -160,7 +159,7 @@ def test_costs_and_their_intervals() -> None:
         assert whiskers == {(float(of(c)), round(c.means["in"].low, 9), round(c.means["in"].high, 9)) for c in data.contenders}
 
 
-def test_a_page_s_tables_are_the_data(visit: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_page_s_tables_are_the_data(visit: Any, tmp_path: Path) -> None:
     """Every contender's mean, interval and NLL; every task; every adapter's licence, source and revision."""
     data = table_of(4)
     origins = [

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 from test_pictures import made, parsed
-from test_report import HOSTILE, Made, browser, ratio, report, visit  # noqa: F401  (fixtures)
+from test_report import HOSTILE, Made, ratio, report  # noqa: F401  (a fixture)
 from test_strips import drawn
 
 import recycler
@@ -106,7 +106,7 @@ def test_small_text_is_not_too_small_on_a_phone(report: Made, visit: Any) -> Non
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_tables_keep_their_heads(visit: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_tables_keep_their_heads(visit: Any, tmp_path: Path) -> None:
     """A long table scrolls in a box of its own, below its headers and beside its names."""
     names = tuple(f"adapter-{number:03d}" for number in range(300))
     scores = TaskScores("nll", names, tuple(f"task {j}" for j in range(50)), [[1.0] * 50] * 300, [2.0] * 50, {})
@@ -129,7 +129,7 @@ def test_tables_keep_their_heads(visit: Any, tmp_path: Path) -> None:  # noqa: F
     assert high[0] == high[1] > 3000 and high[2] == "visible"
 
 
-def test_from_right_to_left(visit: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_from_right_to_left(visit: Any, tmp_path: Path) -> None:
     """The part's own letters decide; arrows go where they point."""
     words = ["مر", "حبا", " ", "بال", "عالم", "ok"]
     one = drawn([[0.9, 0.1]] * len(words), words)
@@ -149,7 +149,7 @@ def test_from_right_to_left(visit: Any, tmp_path: Path) -> None:  # noqa: F811
     assert tab.evaluate("getComputedStyle(document.querySelector('.strip-t:focus .strip-d')).direction") == "ltr"
 
 
-def test_a_long_prompt(visit: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_long_prompt(visit: Any, tmp_path: Path) -> None:
     """Two thousand tokens of forty adapters: small enough to mail, and still one stop of the tab key."""
     count, names = 2000, tuple(f"adapter-{number}" for number in range(40))
     shares = torch.rand(count, 40, generator=torch.manual_seed(0)).mul(9).softmax(-1)

@@ -27,7 +27,10 @@ COMMANDS = {
     "/system TEXT": "say this before everything; without TEXT say nothing",
     "/exit": "leave; so does Ctrl-D",
 }
-MORE = "Ctrl-C stops an answer. A \\ at the end of a line goes on in the next; // begins a message with a /."
+MORE = (
+    "Ctrl-C stops an answer.",
+    "A \\ at the end of a line goes on in the next; // begins a message with a /.",
+)
 _PALETTE = (
     "cyan",
     "yellow",
@@ -118,7 +121,8 @@ def _obey(chat: Chat, line: str, screen: _Screen) -> bool:
     if command == "/help":
         for name, what in COMMANDS.items():
             say(f"  {name:<13} {what}")
-        say(f"  {MORE}")
+        for line in MORE:
+            say(f"  {line}")
     elif command == "/reset":
         chat.reset()
         say("forgotten")
