@@ -38,7 +38,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy recycler
 
 test: lint types $(BASE)/config.json
-	RECYCLE_TEST_BASE=$(abspath $(BASE)) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	RECYCLE_TEST_BASE=$(abspath $(BASE)) $(BIN)/python -m pytest -n 2 --dist loadfile
 	sh tests/wheel.sh $(BIN)/python
 
 clean:

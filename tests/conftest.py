@@ -44,14 +44,6 @@ settings.register_profile("tests", deadline=None)  # no timed assertions
 settings.load_profile("tests")
 
 
-_LONGEST = ("test_readme.py", "test_real.py", "test_malformed.py", "test_docs.py", "test_learn_cookbook.py", "test_extract.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker sits over one of them when the others are through."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
-
-
 @pytest.fixture(autouse=True)
 def _client_cache_of_its_own() -> Iterator[None]:
     """No test finds in the Hub client's cache what another one fetched, whatever their order."""
